@@ -1,0 +1,113 @@
+"""Write benchmarks/RESULTS.md from measured JSON: python -m benchmarks.results [--run all | --run NAME ...]
+
+`--run` measures the named configurations first (each in its own process) into benchmarks/results/NAME.json;
+without it the table is rendered from the files that are there. Every number comes with where and when it was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "results"
+
+CONFIGURATIONS = {
+    "deit_small_b8_r13": ["--model", "deit_small", "--batch", "8", "--r", "13"],
+    "deit_small_b8_r8": ["--model", "deit_small", "--batch", "8", "--r", "8"],
+    "vit_small_b8_r13": ["--model", "vit_small", "--batch", "8", "--r", "13"],
+    "vit_base_b8_r13": ["--model", "vit_base", "--batch", "8", "--r", "13"],
+    "deit_small_b8_r13_bfloat16": ["--model", "deit_small", "--batch", "8", "--r", "13", "--dtype", "bfloat16"],
+    "deit_small_b1_r13": ["--model", "deit_small", "--batch", "1", "--r", "13"],
+}
+COMPILE_TIME = "compile_time"
+
+INTRODUCTION = """\
+# Results
+
+Written by `python -m benchmarks.results`; do not edit. `benchmarks/compare.py` says what the variants are. Times are
+medians, ratios are medians of the quotients within a round: above 1 means faster than the column's base. `ideal` is a
+hand-written model with the same token counts whose reduction is a slice; `handwritten` is a hand-written ToMe; both run
+under `backend="inductor"`. `exact` is `backend="tokred"` without a recipe, `tome` is `tome(r)` with `exact=False`,
+`default` is `tome(r)` with the default options.
+"""
+
+
+def run(name: str, rounds: int) -> str | None:
+    """Measure one configuration in its own process; the end of its output if that fails."""
+    target = ["--json", str(FOLDER / f"{name}.json")]
+    if name == COMPILE_TIME:
+        command = [sys.executable, "-m", "benchmarks.compile_time", *target]
+    else:
+        command = [sys.executable, "-m", "benchmarks.compare", *CONFIGURATIONS[name], "--rounds", str(rounds), *target]
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    print(done.stdout, flush=True)
+    return None if done.returncode == 0 else (done.stderr or done.stdout)[-2000:]
+
+
+def render() -> str:
+    sections = [INTRODUCTION]
+    for name in CONFIGURATIONS:
+        path = FOLDER / f"{name}.json"
+        title = f"## {name}\n\n"
+        sections.append(title + (comparison(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"))
+    path = FOLDER / f"{COMPILE_TIME}.json"
+    text = compile_time(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+    sections.append("## Compile time\n\n" + text)
+    return "\n".join(sections)
+
+
+def comparison(result: dict[str, Any]) -> str:
+    bases = list(next(iter(result["speedup"].values())))
+    lines = ["| variant | ms | first call s |" + "".join(f" x {base} |" for base in bases)]
+    lines.append("|---|---:|---:|" + "---:|" * len(bases))
+    for name, ratios in result["speedup"].items():
+        cells = "".join(f" {ratios[base]:.3f} |" for base in bases)
+        lines.append(f"| {name} | {1e3 * result['median'][name]:.1f} | {result['first_call'][name]:.1f} |{cells}")
+    checks = [f"- {check}: {worst:.1e}" for check, worst in result["checks"].items()]
+    rounds = len(next(iter(result["seconds"].values())))
+    setting = f"{result['model']}, batch {result['batch']}, r={result['r']}, {result['dtype']}, {rounds} rounds."
+    return "\n".join(
+        [setting, "", *lines, "", "Checked first (relative to the largest logit):", "", *checks, "", header(result)]
+    )
+
+
+def compile_time(result: dict[str, Any]) -> str:
+    lines = ["| first call of a fresh process | s |", "|---|---:|"]
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in result["seconds"].items()]
+    lines += [
+        "",
+        f"- tokred's own time for {result['model']}: {result['tokred_seconds']:.2f} s",
+        f"- cold, default over handwritten: {result['cold_ratio']:.2f}",
+        f"- second process with a warm cache: {result['warm_speedup']:.2f} times faster",
+        "",
+        header(result),
+    ]
+    return "\n".join(lines)
+
+
+def header(result: dict[str, Any]) -> str:
+    return "Machine: " + ", ".join(f"{key} {value}" for key, value in result["machine"].items()) + ".\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    names = [*CONFIGURATIONS, COMPILE_TIME]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", nargs="+", choices=[*names, "all"], default=[])
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args(arguments)
+    wanted = names if "all" in options.run else options.run
+    failures = {name: why for name in wanted if (why := run(name, options.rounds)) is not None}
+    (HERE / "RESULTS.md").write_text(render())
+    for name, why in failures.items():
+        print(f"{name} failed:\n{why}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""Whole models: what tokred compiles equals the hand-written oracles of tests/reference, in float64 to 1e-9."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.reference.cases import BY_NAME, CASES, DEIT_SMALL, Case, outputs
+from tests.reference.driver import Method
+from tests.reference.evit import EViT
+from tests.reference.expedit import Expedit
+from tests.reference.pitome import PiToMe
+from tests.reference.tofu import ToFu
+from tests.reference.tome import ToMe
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+
+# recipe -> oracle: one of each method for every model
+MAIN: dict[str, Method] = {
+    "tome(r=5)": ToMe(5),
+    "tofu(r=5)": ToFu(5),
+    "pitome(keep=0.85)": PiToMe(0.85),
+    "evit(keep=0.7, layers=[1, 2])": EViT(0.7, [1, 2]),
+    "expedit(layer=1, grid=(4, 4))": Expedit(1, (4, 4)),
+}
+# the options, on two models: one that returns every token and one that returns logits
+OPTIONS: dict[str, Method] = {
+    "tome(r=5, prop_attn=False)": ToMe(5, prop_attn=False),
+    "tome(r=[6, 0, 3])": ToMe([6, 0, 3]),
+    "tome(r=(6, -0.5))": ToMe((6, -0.5)),
+    "tome(r=40)": ToMe(40),  # more than half: capped
+    "tome(r=5, layers=[1, 3])": ToMe([0, 5, 0, 5]),
+    "tofu(r=[0, 6, 6, 2])": ToFu([0, 6, 6, 2]),
+    "pitome(keep=[0.9, 1.0, 0.6])": PiToMe([0.9, 1.0, 0.6]),
+    "pitome(ratio=0.2)": PiToMe(0.8),
+    "pitome(keep=0.85, prop_attn=True)": PiToMe(0.85, prop_attn=True),
+    "evit(keep=0.45, layers=[0, 1, 2, 3])": EViT(0.45, [0, 1, 2, 3]),
+    "expedit(layer=0, grid=(5, 3), iterations=2, tau=0.05, window=3, top_k=4)": Expedit(0, (5, 3), 2, 0.05, 3, 4),
+}
+
+
+def applies(case: Case, recipe: str) -> bool:
+    """EViT needs a class token, Expedit a grid."""
+    return not (recipe.startswith("evit") and not case.head) and not (recipe.startswith("expedit") and not case.grid)
+
+
+def named(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, recipe: str, **options: Any) -> nn.Module:
+    return torch.compile(model, backend="tokred", options={"recipe": recipe, "lower": "eager", **options})
+
+
+def check(case: Case, recipe: str, oracle: Method, batch: int = 3, **options: Any) -> None:
+    model, x = case.build(), case.inputs(batch)
+    with torch.no_grad():
+        expected = case.oracle(model, x, oracle)
+        got = outputs(compiled(model, recipe, **options), x, list(expected))
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(
+    "case, recipe", [(case, recipe) for case in CASES for recipe in MAIN if applies(case, recipe)], ids=named
+)
+def test_method_equals_oracle(case: Case, recipe: str) -> None:
+    check(case, recipe, MAIN[recipe], exact=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_tome_with_exact_passes_equals_oracle(case: Case) -> None:
+    check(case, "tome(r=5)", ToMe(5))
+
+
+@pytest.mark.parametrize("recipe", list(OPTIONS))
+@pytest.mark.parametrize("name", ["vit_model", "dinov2_registers_classifier"])
+def test_options_equal_oracle(name: str, recipe: str) -> None:
+    check(BY_NAME[name], recipe, OPTIONS[recipe], exact=False)
+
+
+def test_evit_without_fusing_equals_oracle() -> None:
+    check(BY_NAME["vit_classifier"], "evit(keep=0.5, layers=[1, 2], fuse=False)", EViT(0.5, [1, 2], fuse=False))
+
+
+@pytest.mark.slow
+def test_real_deit_small_equals_oracle() -> None:
+    """Twelve blocks, 197 tokens, r=13: 41 tokens are left."""
+    check(DEIT_SMALL, "tome(r=13)", ToMe(13), batch=2)
+
+
+@pytest.mark.parametrize(
+    "name, recipe", [("siglip_vision", "evit(keep=0.5, layers=[1])"), ("bert_model", "expedit(layer=1, grid=(2, 2))")]
+)
+def test_method_that_lacks_what_it_needs_changes_nothing(name: str, recipe: str) -> None:
+    case = BY_NAME[name]
+    model, x = case.build(), case.inputs()
+    with torch.no_grad():
+        expected = case.oracle(model, x, None)
+        got = outputs(compiled(model, recipe, exact=False), x, list(expected))
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, **TOLERANCE)
+
+
+def gradients(out: dict[str, Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of one fixed scalar that weighs every output element differently."""
+    loss = sum((value * torch.linspace(-1, 2, value.numel()).view_as(value).double()).sum() for value in out.values())
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if x.requires_grad:
+        wanted["input"] = x
+    grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["tome alone", "with exact passes"])
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_tome_gradients_equal_oracle(case: Case, exact: bool) -> None:
+    model, x = case.build(), case.inputs()
+    x.requires_grad_(not case.text)
+    expected_out = case.oracle(model, x, ToMe(5))
+    expected = gradients(expected_out, model, x)
+    got = gradients(outputs(compiled(model, "tome(r=5)", exact=exact), x, list(expected_out)), model, x)
+    for name in (
+        expected.keys() ^ got.keys()
+    ):  # a parameter without influence: no gradient on one side, zeros on the other
+        assert not (expected | got)[name].any(), name
+    for name in expected.keys() & got.keys():
+        torch.testing.assert_close(
+            got[name], expected[name], **TOLERANCE, msg=lambda text, name=name: f"gradient of {name}: {text}"
+        )

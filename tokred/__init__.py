@@ -1,0 +1,37 @@
+"""tokred: a torch.compile backend that computes fewer tokens.
+
+torch.compile(model, backend="tokred", options={"recipe": "tome(r=13)"})
+"""
+
+from tokred.backend import backend, compile, reports, reset
+from tokred.compiler.report import Refusal, Report
+from tokred.errors import TokredError
+from tokred.explain import explain
+from tokred.registry.maps import Keep, Merge, Soft, TokenMap
+from tokred.registry.method import Reduction
+from tokred.registry.recipe import Recipe
+from tokred.registry.register import methods, register, register_pass
+from tokred.registry.site import Place, Site
+
+__all__ = [
+    "Keep",
+    "Merge",
+    "Place",
+    "Recipe",
+    "Reduction",
+    "Refusal",
+    "Report",
+    "Site",
+    "Soft",
+    "TokenMap",
+    "TokredError",
+    "backend",
+    "compile",
+    "explain",
+    "methods",
+    "register",
+    "register_pass",
+    "reports",
+    "reset",
+]
+__version__ = "0.1.0"

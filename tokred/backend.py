@@ -1,0 +1,63 @@
+"""The entry points: the `torch.compile` backend, `compile`, `explain`, `reports`, `reset`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokred.compiler.options import Options, parse_options
+from tokred.compiler.pipeline import compile_graph
+from tokred.compiler.report import GraphReport, Report
+
+__all__ = ["backend", "compile", "reports", "reset"]
+
+log = logging.getLogger("tokred")
+
+_reports: list[GraphReport] = []
+
+
+def backend(gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """`torch.compile(model, backend="tokred", options={...})`.
+
+    Raises OptionError and RecipeError for bad input, StrictError under `strict=True`; anything else that cannot be
+    rewritten is compiled unchanged and reported.
+    """
+    parsed = parse_options(options, mode)
+    function, report = compile_graph(gm, example_inputs, parsed, _observer(parsed))
+    _reports.append(report)
+    log.info("%s", report.model)
+    return function
+
+
+def _observer(options: Options) -> Callable[[str, fx.GraphModule], None]:
+    def observe(stage: str, graph: fx.GraphModule) -> None:
+        log.debug("%s\n%s", stage, graph.code)
+
+    return observe
+
+
+def compile(model: Any, recipe: Any = None, *, mode: str | None = None, fullgraph: bool = False, dynamic: bool | None = None, **options: Any) -> Any:
+    """`torch.compile(model, backend="tokred")` with the recipe as an argument; other keywords are the backend's options.
+
+    Unlike torch.compile, bad options are raised here and not at the first call. (`mode` goes to Inductor unchanged.)
+    """
+    parse_options({"recipe": recipe, **options}, mode)
+
+    def tokred(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return backend(gm, example_inputs, mode=mode, options={"recipe": recipe, **options})
+
+    return torch.compile(model, backend=tokred, fullgraph=fullgraph, dynamic=dynamic)
+
+
+def reports() -> Report:
+    """What was compiled since `reset()`, one entry a graph."""
+    return Report(list(_reports))
+
+
+def reset() -> None:
+    """Forget all reports."""
+    _reports.clear()

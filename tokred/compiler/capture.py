@@ -1,0 +1,163 @@
+"""Dynamo's graph -> one functional, pre-dispatch ATen graph: few spellings, still differentiable, every node with fake metadata."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = ["CaptureFailed", "capture", "module_path", "source_line", "tensor_meta", "trace_into"]
+
+aten = torch.ops.aten
+
+# Calls without a result that only assert what tracing has already established.
+NOISE = {aten._assert_tensor_metadata.default}
+
+
+class CaptureFailed(Exception):
+    """The graph could not be re-traced; the caller lowers the untouched one and reports the reason."""
+
+
+def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+    """Re-trace `gm` into functional ATen with the same calling convention: same inputs, same outputs, same mutations.
+
+    The trace runs under the fake mode of Dynamo's own placeholders, so symbolic sizes keep their guards.
+    Raises CaptureFailed with the reason if any part of that does not work.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
+    if detect_fake_mode(inputs) is None:
+        raise CaptureFailed("no tensor among the inputs")
+    try:
+        traced, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+    except Exception as error:
+        raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    _restore_attributes(traced, gm, signature)
+    _restore_mutations(traced, signature)
+    for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
+        new.meta["source_name"] = old.name
+        new.meta["is_parameter"] = isinstance(old.meta.get("example_value"), torch.nn.Parameter) or _is_module_state(old)
+        if isinstance(old.meta.get("example_value"), torch.SymInt):
+            new.meta["val"] = old.meta["example_value"]
+    for node in list(traced.graph.nodes):
+        if node.target in NOISE:
+            traced.graph.erase_node(node)
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def trace_into(graph: fx.Graph, function: Any, args: tuple[Any, ...]) -> Any:
+    """Trace `function(*args)`, where `args` is a pytree of nodes of `graph`, and append what it does to `graph`.
+
+    Returns the function's result with nodes in place of tensors. The nodes carry fake metadata.
+    """
+    flat, spec = torch.utils._pytree.tree_flatten(args)
+    nodes = [value for value in flat if isinstance(value, fx.Node)]
+    out_spec: Any = None
+
+    def flat_function(*tensors: Any) -> list[Any]:
+        nonlocal out_spec
+        remaining = iter(tensors)
+        values = [next(remaining) if isinstance(value, fx.Node) else value for value in flat]
+        result, out_spec = torch.utils._pytree.tree_flatten(function(*torch.utils._pytree.tree_unflatten(values, spec)))
+        return result
+
+    fakes = [node.meta["val"] for node in nodes]
+    with torch.no_grad(), torch._dispatch.python.enable_python_dispatcher(), detect_fake_mode(fakes) or nullcontext():
+        traced = make_fx(flat_function, pre_dispatch=True)(*fakes)
+    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    result: list[Any] = []
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            result = [env[out] if isinstance(out, fx.Node) else out for out in node.args[0]]
+        elif node.op == "get_attr":
+            raise ValueError("a method may not create constant tensors from Python data; use torch.arange or torch.full")
+        elif node.op != "placeholder" and node.target not in NOISE:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return torch.utils._pytree.tree_unflatten(result, out_spec)
+
+
+def tensor_meta(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node with exactly one tensor result, else None."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:123` of the innermost user frame that made this node, or the node's name."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not lines:
+        return node.name
+    file, line = lines[-1].split('", line ')
+    return f"{file.removeprefix('File ').strip(chr(34)).rsplit('/', 1)[-1]}:{line.split(',')[0]}"
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted module path that made this node, as the user wrote it (`vit.layers.3.attention`)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return clean_path(paths[-1]) if paths else ""
+
+
+def clean_path(path: str) -> str:
+    """Dynamo's `L['self'].layers.slice(0, 4, None)._modules['0'].attn` -> `layers.0.attn`."""
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"\.slice\([^)]*\)", "", path)
+    path = re.sub(r"(\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\2", path)
+    return path.replace("._modules", "").replace("_orig_mod.", "").strip(".")
+
+
+def _is_module_state(node: fx.Node) -> bool:
+    """Parameters and buffers of modules reach a Dynamo graph as placeholders named after their place in the module tree."""
+    return "_parameters_" in node.name or "_buffers_" in node.name
+
+
+def _restore_attributes(traced: fx.GraphModule, gm: fx.GraphModule, signature: Any) -> None:
+    """aot_export lifts the module's own parameters and buffers to inputs; put them back as attributes."""
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in traced.graph.find_nodes(op="placeholder"):
+        if node.name not in lifted:
+            continue
+        name = lifted[node.name]
+        attribute = name.replace(".", "_")
+        source: Any = gm
+        for part in name.split("."):
+            source = getattr(source, part)
+        if isinstance(source, torch.nn.Parameter):
+            traced.register_parameter(attribute, source)
+        else:
+            traced.register_buffer(attribute, source)
+        with traced.graph.inserting_before(node):
+            getter = traced.graph.get_attr(attribute)
+        getter.meta.update(node.meta)
+        node.replace_all_uses_with(getter)
+        traced.graph.erase_node(node)
+
+
+def _restore_mutations(traced: fx.GraphModule, signature: Any) -> None:
+    """Functionalisation returns mutated inputs as extra leading outputs; write them back in place instead."""
+    mutated = {**signature.buffers_to_mutate, **signature.parameters_to_mutate, **signature.user_inputs_to_mutate}
+    output = traced.graph.output_node()
+    results = list(output.args[0])
+    extra = len(results) - len(signature.user_outputs)
+    if extra != len(mutated):
+        raise CaptureFailed("two mutated inputs end in the same value")
+    if not mutated:
+        return
+    places = {node.name: node for node in traced.graph.nodes} | {
+        node.target: node for node in traced.graph.find_nodes(op="get_attr")
+    }
+    with traced.graph.inserting_before(output):
+        for result in results[:extra]:
+            place = places[mutated[result.name].replace(".", "_")]
+            copy = traced.graph.call_function(aten.copy_.default, (place, result))
+            copy.meta["val"] = place.meta.get("val")
+    output.args = (tuple(results[extra:]),)

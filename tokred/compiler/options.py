@@ -1,0 +1,59 @@
+"""The backend's options: one frozen dataclass, checked once, with errors that name the nearest valid name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tokred.errors import OptionError, nearest
+from tokred.registry.recipe import Recipe, parse_recipe
+
+__all__ = ["Options", "parse_options"]
+
+LOWERINGS = ("inductor", "aot_eager", "eager")
+OUTPUTS = ("full", "reduced")
+
+
+@dataclass(frozen=True)
+class Options:
+    """See the README's table; `mode` comes from torch.compile itself."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    exact: bool = True
+    gate: bool = False
+    strict: bool = False
+    verify: bool = False
+    lower: str = "inductor"
+    outputs: str = "full"
+    passes: tuple[str, ...] = ()
+    dump: Path | None = None
+    inductor: dict[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+
+
+def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Options:
+    """Check and convert what the user passed to torch.compile.
+
+    Raises OptionError for an unknown option or a value of the wrong kind, RecipeError for a recipe that cannot be read.
+    """
+    given = dict(options or {})
+    known = [f.name for f in fields(Options) if f.name != "mode"]
+    for name in given:
+        if name not in known:
+            raise OptionError(f"tokred has no option {name!r}.{nearest(str(name), known)}")
+    for name in ("exact", "gate", "strict", "verify"):
+        if not isinstance(given.get(name, False), bool):
+            raise OptionError(f"option {name}={given[name]!r}: True or False")
+    for name, values in (("lower", LOWERINGS), ("outputs", OUTPUTS)):
+        if name in given and given[name] not in values:
+            raise OptionError(f"option {name}={given[name]!r} is unknown.{nearest(str(given[name]), values)}")
+    if not isinstance(given.get("inductor", {}), dict):
+        raise OptionError(f"option inductor={given['inductor']!r}: a dict of Inductor config patches")
+    if "passes" in given:
+        chosen = (given["passes"],) if isinstance(given["passes"], str) else tuple(given["passes"])
+        given["passes"] = chosen
+    if given.get("dump") is not None:
+        given["dump"] = Path(given["dump"])
+    given["recipe"] = parse_recipe(given.get("recipe"))
+    return Options(**given, mode=mode)

@@ -1,0 +1,195 @@
+"""`tokred demo`: a real model on real digits, every method at several ratios; accuracy, tokens, FLOPs, speed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import tokred
+from tokred.bench import interleaved
+from tokred.demo.data import digits, split
+from tokred.demo.model import load
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+    from tokred.compiler.report import GraphReport
+
+__all__ = ["RECIPES", "Row", "plot_rows", "run_demo", "write_json"]
+
+BATCH = 108  # five batches are the 540 held-out digits, so no batch is padded and one compilation serves all
+TOKENS = 65
+ROUNDS = 9
+EXACT = "exact passes only"
+DENSE = 'backend="inductor"'
+SHOWN = "tome(r=8)"  # the recipe of report.html
+
+# Method by method; the first of each method is compiled, timed and scored, also with --quick.
+RECIPES: dict[str, tuple[str, ...]] = {
+    "random": ("random(keep=0.7, layers=[1, 3])", "random(keep=0.5, layers=[1, 3])"),
+    "norm": ("norm(keep=0.7, layers=[1, 3])", "norm(keep=0.5, layers=[1, 3])"),
+    "pool": ("pool(ratio=0.5, layers=[1])",),
+    "tome": ("tome(r=8)", "tome(r=4)", "tome(r=10)"),
+    "evit": ("evit(keep=0.7, layers=[1, 3])", "evit(keep=0.5, layers=[1, 3])"),
+    "tofu": ("tofu(r=8)", "tofu(r=4)"),
+    "pitome": ("pitome(keep=0.85)", "pitome(keep=0.925)"),
+    "expedit": ("expedit(layer=1, grid=(5, 5))", "expedit(layer=2, grid=(5, 5))"),
+    "tomesd": ("tomesd(ratio=0.5)", "tomesd(ratio=0.25)"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `flops` and `speed` are relative to the dense model."""
+
+    method: str
+    recipe: str
+    accuracy: float
+    tokens_last: int
+    tokens_mean: float
+    flops: float
+    compile_s: float
+    speed: float = 1.0
+
+
+@dataclass
+class Candidate:
+    """A compiled variant, and what is known of it before it is timed."""
+
+    row: Row
+    function: Callable[[Tensor], Tensor]
+
+
+def run_demo(console: Console, out: Path = Path("out"), rounds: int | None = None, quick: bool = False) -> list[Row]:
+    """Compile, score and time everything, print the table, and write report.html, accuracy_speed.png and demo.json."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    start = time.perf_counter()
+    rounds = rounds or (5 if quick else ROUNDS)
+    out.mkdir(parents=True, exist_ok=True)
+    recipes = _recipes(quick)
+    model, (images, labels) = load(), digits(split()[1])
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with torch.no_grad(), Progress(*bar, console=console, transient=True) as progress:
+        task = progress.add_task("", total=2 + len(recipes) + rounds)
+        candidates = []
+        for method, recipe in [(DENSE, None), (EXACT, None), *recipes]:
+            progress.update(task, description=f"compiling {recipe or method}")
+            candidates.append(_candidate(model, images, labels, method, recipe))
+            progress.advance(task)
+        rows = _timed(candidates, images[:BATCH], rounds, progress, task)
+    console.print(_table(rows, rounds))
+    page = tokred.explain(model, images[:BATCH], recipe=SHOWN).to_html(out / "report.html")
+    written = (page, write_json(rows, out / "demo.json"), plot_rows(rows, out / "accuracy_speed.png"))
+    console.print(f"wrote {', '.join(str(path) for path in written)} in {time.perf_counter() - start:.0f} s")
+    return rows
+
+
+def _recipes(quick: bool) -> list[tuple[str, str]]:
+    """Method and recipe, for the registered methods; a method of a plug-in has no ratios to show here."""
+    registered = tokred.methods()
+    return [
+        (method, recipe)
+        for method, recipes in RECIPES.items()
+        if method in registered
+        for recipe in (recipes[:1] if quick else recipes)
+    ]
+
+
+def _candidate(model: nn.Module, images: Tensor, labels: Tensor, method: str, recipe: str | None) -> Candidate:
+    """Compile one variant and score it with the very function that will be timed."""
+    seen = len(tokred.reports().graphs)
+    torch.manual_seed(0)  # for `random`
+    start = time.perf_counter()
+    # isolate_recompiles: Dynamo would else count all variants as recompilations of one forward, and stop at eight.
+    if method == DENSE:
+        function = torch.compile(model, backend="inductor", isolate_recompiles=True)
+    else:
+        options = {} if recipe is None else {"recipe": recipe}
+        function = torch.compile(model, backend="tokred", options=options, isolate_recompiles=True)
+    function(images[:BATCH])
+    seconds = time.perf_counter() - start
+    guesses = torch.cat([function(part).argmax(dim=-1) for part in images.split(BATCH)])
+    accuracy = float((guesses == labels).double().mean())
+    graphs = tokred.reports().graphs[seen:]
+    tokens, mean_tokens, flops = _reduction(graphs) if graphs else (TOKENS, TOKENS, 1.0)
+    return Candidate(Row(method, recipe or method, accuracy, tokens, mean_tokens, flops, seconds), function)
+
+
+def _reduction(graphs: Sequence[GraphReport]) -> tuple[int, float, float]:
+    """Tokens after the last attention block, their mean over the blocks, and FLOPs relative to before."""
+    tokens = [int(block.tokens[1]) for graph in graphs for block in graph.blocks if block.kind == "attention"]
+    before, after = (sum(graph.flops[i] for graph in graphs) for i in (0, 1))
+    return tokens[-1], mean(tokens), after / before
+
+
+def _timed(candidates: list[Candidate], images: Tensor, rounds: int, progress: Progress, task: TaskID) -> list[Row]:
+    """The rows with their speed relative to the first, dense, candidate."""
+    progress.update(task, description="timing, interleaved")
+    calls = {each.row.recipe: partial(each.function, images) for each in candidates}
+    seconds = interleaved(calls, rounds, tick=lambda: progress.advance(task))
+    dense = seconds[DENSE]
+    return [replace(each.row, speed=dense / seconds[each.row.recipe]) for each in candidates]
+
+
+def _table(rows: Sequence[Row], rounds: int) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"handwritten digits, batch {BATCH}, {torch.get_num_threads()} threads",
+        caption=f"FLOPs and speed are relative to {DENSE}; speed is the ratio of medians of {rounds} interleaved calls",
+    )
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("accuracy", "tokens, last", "tokens, mean", "FLOPs", "speed", "compiled in"):
+        table.add_column(heading, justify="right")
+    for previous, row in zip([None, *rows], rows, strict=False):
+        if previous is not None and previous.method != row.method:
+            table.add_section()
+        table.add_row(
+            row.recipe,
+            f"{row.accuracy:.1%}",
+            f"{row.tokens_last}",
+            f"{row.tokens_mean:.1f}",
+            f"{row.flops:.2f}",
+            f"{row.speed:.2f}x",
+            f"{row.compile_s:.1f} s",
+        )
+    return table
+
+
+def write_json(rows: Sequence[Row], path: Path) -> Path:
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "batch": BATCH}
+    path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    return path
+
+
+def plot_rows(rows: Sequence[Row], path: Path) -> Path:
+    """Accuracy against speed: a line for each method, the dense model as the level to keep."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and no global pyplot state
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(row.method for row in rows):
+        points = sorted((row.speed, 100 * row.accuracy) for row in rows if row.method == method)
+        fixed = method in (DENSE, EXACT)
+        axes.plot(*zip(*points, strict=True), marker="*" if fixed else "o", markersize=13 if fixed else 6, label=method)
+    axes.axhline(100 * rows[0].accuracy, color="0.6", linewidth=0.8, linestyle="--")
+    axes.set(xlabel=f"speed relative to {DENSE}", ylabel="accuracy on the held-out digits, %")
+    axes.set_title("token reduction without training, digits ViT")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,119 @@
+"""The base of every token method: options as dataclass fields, how much it removes where, and the plan itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, ClassVar
+
+from tokred.errors import ArgumentError
+from tokred.registry.maps import TokenMap
+from tokred.registry.site import Place, Site
+
+__all__ = ["Reduction", "check_fraction", "keep_fraction", "per_layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """A way to compute fewer tokens. Subclasses are frozen dataclasses whose fields are the method's options.
+
+    layers   where it may act: ints (negative from the end), a slice such as "8:24", or a glob on module names;
+             None is the method's own choice (`default_layers`)
+
+    needs    what the site must have: "keys", "queries", "class_token", "grid"
+    scope    "persistent": the stream stays short from here on; "round_trip": only this attention sees fewer tokens
+    reads    whether the method looks at tensors outside the token axis' own stream at all; a static choice does not
+    """
+
+    layers: int | list[int] | tuple[int, ...] | str | None = None
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    scope: ClassVar[str] = "persistent"
+    causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
+
+    def default_layers(self, depth: int) -> list[int] | None:
+        """The layers that `layers=None` stands for; None is all of them."""
+        return None
+
+    def acts_on(self, layer: int, depth: int, module: str) -> bool:
+        """Whether `layers` selects this attention block."""
+        chosen = self.default_layers(depth) if self.layers is None else self.layers
+        if chosen is None:
+            return True
+        if isinstance(chosen, int):
+            chosen = [chosen]
+        if isinstance(chosen, str):
+            if ":" in chosen:
+                return layer in range(depth)[_slice(chosen)]
+            return fnmatch(module, chosen)
+        return layer in {number % depth if number < 0 else number for number in chosen}
+
+    def removed(self, place: Place) -> Any:
+        """How many tokens disappear at this place; 0 leaves the site alone. Numbers only: called before tracing."""
+        raise NotImplementedError
+
+    def plan(self, site: Site) -> TokenMap:
+        """The token map for this site: plain tensor code, traced into the model's graph."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        from dataclasses import fields
+
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        shown = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
+        return f"{self.name}({shown})"
+
+
+def _slice(text: str) -> slice:
+    try:
+        parts = [int(part) if part.strip() else None for part in text.split(":")]
+        return slice(*parts)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"layers={text!r} is neither a slice such as '8:24' nor a glob on module names") from None
+
+
+def check_fraction(method: str, name: str, value: float | None, *, zero: bool = True) -> None:
+    """Raise ArgumentError unless `value` is None or a fraction of tokens that leaves some: [0, 1) removed, (0, 1] kept."""
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "keep":
+        if not number or not 0 < value <= 1:
+            raise ArgumentError(f"{method}({name}={value!r}): the fraction kept must lie in (0, 1]")
+    elif not number or not 0 <= value < 1:
+        raise ArgumentError(f"{method}({name}={value!r}): the fraction removed must lie in [0, 1)")
+
+
+def keep_fraction(method: str, keep: float | None, ratio: float | None, default: float) -> float:
+    """The fraction kept, from `keep` or `ratio` (the fraction removed); giving both is an error."""
+    if keep is not None and ratio is not None:
+        raise ArgumentError(f"{method}(keep={keep!r}, ratio={ratio!r}): give one of them; ratio is the fraction removed")
+    check_fraction(method, "keep", keep)
+    check_fraction(method, "ratio", ratio)
+    if ratio is not None:
+        return 1 - ratio
+    return default if keep is None else keep
+
+
+def per_layer(method: str, r: Any, layer: int, depth: int) -> int:
+    """ToMe's schedule forms: int everywhere; list, one a layer, missing ones 0; (r, inflection), a linear ramp."""
+    if isinstance(r, tuple):
+        if len(r) != 2 or not -1 <= r[1] <= 1:
+            raise ArgumentError(f"{method}(r={r!r}): a ramp is (r, inflection) with inflection in [-1, 1]")
+        low = r[0] * (1 - r[1])
+        high = 2 * r[0] - low
+        return int(low + (high - low) / max(depth - 1, 1) * layer)
+    if isinstance(r, list):
+        return int(r[layer]) if layer < len(r) else 0
+    return int(r)
+
+
+def check_r(method: str, r: Any) -> None:
+    values = [r[0]] if isinstance(r, tuple) and len(r) == 2 else r if isinstance(r, list) else [r]
+    if isinstance(r, tuple):
+        per_layer(method, r, 0, 1)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ArgumentError(f"{method}(r={r!r}): r counts tokens per layer: an int >= 0, a list of them, or (r, inflection)")
