@@ -158,7 +158,7 @@ def _first_line(method: type) -> str:
 def _arguments(method: Any) -> list[str]:
     """`keep=0.5`, or the bare name of an argument without a default."""
     lines = []
-    for field in dataclasses.fields(method):
+    for field in sorted(dataclasses.fields(method), key=lambda field: field.name == "layers"):  # last: all have it
         if field.default is not dataclasses.MISSING:
             lines.append(f"{field.name}={field.default!r}")
         elif field.default_factory is not dataclasses.MISSING:

@@ -103,6 +103,21 @@ def attention(op: Op) -> Flow:
     return [replace(link, kind=Kind.ATTEND) if link.ins[0][::2] == ("key", rank - 2) else link for link in links]
 
 
+@rule(aten.einsum.default)
+def einsum(op: Op) -> Flow:
+    left, _, right = str(op["equation"]).replace(" ", "").partition("->")
+    if "." in left or not right:
+        return []
+    letters: dict[str, list[Slot]] = {}
+    for index, spec in enumerate(left.split(",")):
+        for dim, letter in enumerate(spec):
+            letters.setdefault(letter, []).append(Slot("tensors", index, dim))
+    return [
+        Link(Kind.EACH, tuple(slots), ((0, right.index(letter)),)) if letter in right else Link(Kind.CONTRACT, tuple(slots))
+        for letter, slots in letters.items()
+    ]
+
+
 @rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)
 def norm_over_trailing(op: Op) -> Flow:
     rank = len(op.shape("input"))

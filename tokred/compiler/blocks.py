@@ -27,7 +27,8 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default}
-LINEAR = {aten.linear.default, aten.addmm.default, aten.conv2d.default, aten.conv1d.default, aten.mm.default}
+LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
+CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default}
 ACTIVATIONS = {
     aten.gelu.default,
@@ -41,6 +42,7 @@ ACTIVATIONS = {
     aten.mish.default,
     aten.softplus.default,
     aten.glu.default,
+    aten.erf.default,
 }
 
 
@@ -69,6 +71,7 @@ class Attention:
     entry_users: list[fx.Node] = field(default_factory=list)
     token_dim: int = 1
     batch_dim: int = 0
+    masks: list[fx.Node] = field(default_factory=list)  # what hides keys, for the question whether it is causal
 
 
 @dataclass(eq=False)
@@ -136,7 +139,9 @@ def _anchored(node: fx.Node, axes: Axes) -> Attention | None:
     value = _factors(product)[1]
     if is_parameter(left) or is_parameter(right) or is_parameter(value):
         return None
-    return _attention(node, query, key, value, None, None, False, axes)
+    block = _attention(node, query, key, value, None, None, False, axes)
+    block.masks = _masks_between(scores, node)
+    return block
 
 
 def _attention(
@@ -144,6 +149,7 @@ def _attention(
 ) -> Attention:
     path, place = module_path(node), source_line(node)
     block = Attention(node, query, key, value, mask, scale, causal, "self", module=path, source=place)
+    block.masks = [mask] if isinstance(mask, fx.Node) else []
     tokens = _query_tokens(block, axes)
     block.tokens = _times(tokens)
     block.axis = tuple(id(atom) for atom in tokens)
@@ -177,6 +183,36 @@ def _product_behind(softmax: fx.Node) -> fx.Node | None:
     both = [p for p in products if not any(is_parameter(f) for f in _factors(p))]
     whole = [p for p in both if (m := tensor_meta(p)) is not None and m.shape[-1] == rank.shape[-1]]
     return min(whole, default=None)
+
+
+def _masks_between(product: fx.Node, softmax: fx.Node) -> list[fx.Node]:
+    """Side inputs of the scores on their way to the softmax."""
+    way = {softmax}
+    for node in reversed(list(_range(product, softmax))):
+        if any(user in way for user in node.users) and (node is product or _reaches(product, node)):
+            way.add(node)
+    masks = [n for node in way for n in node.all_input_nodes if node is not product and n not in way]
+    return [n for n in masks if (meta := tensor_meta(n)) is not None and meta.dim() >= 2 and not is_parameter(n)]
+
+
+def _range(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes, node = [], first
+    while node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _reaches(early: fx.Node, late: fx.Node) -> bool:
+    queue, seen = [late], {late}
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source is early:
+                return True
+            if source not in seen and early < source:
+                seen.add(source)
+                queue.append(source)
+    return False
 
 
 _ELEMENTWISE = (
@@ -307,7 +343,7 @@ def _entry(block: Attention) -> tuple[fx.Node | None, list[fx.Node]]:
     chain.reverse()
     entry = start
     for node in chain:
-        if node.target in LINEAR or node is block.anchor:
+        if _projects(node) or node is block.anchor:
             break
         meta, whole = tensor_meta(node), tensor_meta(start)
         if meta is not None and whole is not None and meta.shape == whole.shape:
@@ -333,40 +369,71 @@ def _between(start: fx.Node, end: fx.Node) -> Any:
 
 
 def _number(attentions: list[Attention]) -> None:
-    """Layers count from 0 on each token axis, self- and cross-attention apart."""
-    stacks: dict[tuple[Any, ...], list[Attention]] = {}
+    """Layers count from 0 on each token axis, self- and cross-attention apart; parallel attentions share a number."""
+    stacks: dict[tuple[Any, ...], list[Any]] = {}
     for block in attentions:
-        stacks.setdefault((block.axis, block.form), []).append(block)
-    for stack in stacks.values():
-        for layer, block in enumerate(stack):
-            block.layer, block.depth = layer, len(stack)
+        joins = stacks.setdefault((block.axis, block.form), [])
+        join = block.join or block.anchor
+        if join not in joins:
+            joins.append(join)
+        block.layer = joins.index(join)
+    for block in attentions:
+        block.depth = len(stacks[block.axis, block.form])
 
 
 # -- MLP --------------------------------------------------------------------------------------------------------------
 
 
 def _mlp(node: fx.Node, axes: Axes, attentions: list[Attention]) -> Mlp | None:
-    """A linear whose input comes, through an activation and element-wise ops only, from one or two linears."""
-    if node.target not in LINEAR or not axes.knows(node):
+    """A projection whose input comes, through an activation and element-wise ops only, from one or two projections."""
+    if not _projects(node) or not axes.knows(node):
         return None
-    ups, activated, product = _frontier(node, attentions)
+    ups, activated, packed = _frontier(node, attentions)
     if not activated or not 1 <= len(ups) <= 2:
         return None
-    token_classes = {block.axis for block in attentions if block.axis}
     dims = axes.of(node)
-    channel = 1 if node.target is aten.conv2d.default else len(dims) - 1
+    channel = 1 if node.target in CONVOLUTIONS else len(dims) - 1
     atoms = [id(atom) for d, dim in enumerate(dims) if d != channel for atom in dim]
-    axis = next((a for a in token_classes if _contains(atoms, a)), None)
-    if axis is None:
-        return None
+    token_classes = {block.axis for block in attentions if block.axis}
+    axis = next((a for a in token_classes if all(atom in atoms for atom in a)), None)
+    if axis is None and not _adds_to_stream(node, attentions):
+        return None  # a modulation or an embedding of the time step: the same shape of graph, but on no stream
+    axis = axis or ()
     rest = tuple(d for d, dim in enumerate(dims) if d != channel and any(id(atom) in axis for atom in dim))
-    tokens = _times([atom for d in rest for atom in dims[d] if id(atom) in axis])
-    form = "gated" if len(ups) == 2 else "packed" if product else "plain"
+    tokens = _times([atom for d in rest for atom in dims[d] if id(atom) in axis]) if axis else _rows(node, channel)
+    form = "gated" if len(ups) == 2 else "packed" if packed else "plain"
     return Mlp(node, ups, form, 0, module_path(node), source_line(node), tokens, rest, axis)
 
 
-def _contains(atoms: list[int], axis: tuple[int, ...]) -> bool:
-    return all(atom in atoms for atom in axis)
+def _projects(node: fx.Node) -> bool:
+    """A linear layer, or a convolution that is one (kernel of size 1, not grouped)."""
+    if node.target in LINEAR:
+        return True
+    if node.target not in CONVOLUTIONS:
+        return False
+    op = Op(node)
+    return op["groups"] == 1 and all(size == 1 for size in op.shape("weight")[2:])
+
+
+def _adds_to_stream(node: fx.Node, attentions: list[Attention]) -> bool:
+    """Whether the output ends in a residual join behind an attention."""
+    queue, seen = list(node.users), set()
+    while queue:
+        user = queue.pop()
+        if user in seen or user.op != "call_function" or _projects(user):
+            continue
+        seen.add(user)
+        stream = residual_of(user)
+        if stream is not None:
+            return _reaches(stream, node) and any(block.anchor < node for block in attentions)
+        queue += list(user.users)
+    return False
+
+
+def _rows(node: fx.Node, channel: int) -> Any:
+    meta = tensor_meta(node)
+    assert meta is not None
+    return _times_sizes([size for d, size in enumerate(meta.shape) if d not in (0, channel)])
 
 
 def _frontier(node: fx.Node, attentions: list[Attention]) -> tuple[list[fx.Node], bool, bool]:
@@ -382,9 +449,11 @@ def _frontier(node: fx.Node, attentions: list[Attention]) -> tuple[list[fx.Node]
         if not isinstance(current, fx.Node) or current in seen or is_parameter(current):
             continue
         seen.add(current)
-        if current.target in LINEAR:
+        if _projects(current):
             ups.append(current)
             continue
+        if current.target in CONVOLUTIONS and Op(current)["groups"] == 1:
+            return [], False, False  # a convolution over several places is a layer of its own
         if current in anchors or current.target in PRODUCTS or residual_of(current) is not None or current.op == "placeholder":
             return [], False, False
         activated |= current.target in ACTIVATIONS
@@ -398,8 +467,12 @@ _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default,
 
 
 def _times(atoms: Any) -> Any:
+    return _times_sizes(atom.size for atom in atoms)
+
+
+def _times_sizes(sizes: Any) -> Any:
     total: Any = 1
-    for atom in atoms:
-        total = total * atom.size
+    for size in sizes:
+        total = total * size
     return total
 

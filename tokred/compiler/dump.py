@@ -66,11 +66,13 @@ def _code_lines(module: fx.GraphModule) -> Iterator[str]:
             yield f"\n    # {place}"
         yield _commented(plain, shape_text(node.meta.get("val"))) if node is not None else plain
         if plain.startswith("def "):
-            yield from (_commented(f"    # {each.name}", shape_text(each.meta.get("val"))) for each in _inputs(module))
+            yield from map(_input_line, module.graph.find_nodes(op="placeholder"))
 
 
-def _inputs(module: fx.GraphModule) -> list[fx.Node]:
-    return list(module.graph.find_nodes(op="placeholder"))
+def _input_line(node: fx.Node) -> str:
+    """What the caller passes here: in a captured graph the name tells which parameter it is."""
+    known = (node.name, shape_text(node.meta.get("val")), str(node.meta.get("source_name", "")))
+    return "    # " + "  ".join(part for part in known if part)
 
 
 def _place(node: fx.Node) -> str:
@@ -80,9 +82,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _commented(line: str, shape: str) -> str:
-    if not shape:
-        return line
-    return f"{line}  {shape}" if line.lstrip().startswith("#") else f"{line.ljust(SHAPE_COLUMN)}  # {shape}"
+    return f"{line.ljust(SHAPE_COLUMN)}  # {shape}" if shape else line
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -21,11 +21,12 @@ COLOURS = {"placeholder": "#e7ecf4", "get_attr": "#e7ecf4", "output": "#d8f0df",
 HEAVY = ("linear", "mm", "bmm", "matmul", "conv", "attention")  # what costs: worth a colour of its own
 HEAVY_COLOUR = "#ffe2c4"
 WIDE, HIGH, GAP_X, GAP_Y = 168, 34, 14, 30  # pixels: a box, and the space between boxes
+TOLD = ("target", "parameter", "shape", "module", "source")  # under the mouse
 SWEEPS = 4  # barycentre ordering settles after a few
 
 
 def graph_to_networkx(gm: fx.GraphModule) -> nx.DiGraph[str]:
-    """One vertex a node, by name, with op, target, shape, module and source as text; one edge a use, in program order."""
+    """One vertex a node, in program order and by name, with what is known of it as text; one edge a use."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     for order, node in enumerate(gm.graph.nodes):
         graph.add_node(
@@ -33,6 +34,7 @@ def graph_to_networkx(gm: fx.GraphModule) -> nx.DiGraph[str]:
             order=order,
             op=node.op,
             target=_target_text(node),
+            parameter=str(node.meta.get("source_name", "")),
             shape=shape_text(node.meta.get("val")),
             module=module_path(node),
             source=source_line(node) if node.meta.get("stack_trace") else "",
@@ -127,7 +129,7 @@ def _edge(source: tuple[int, int], user: tuple[int, int]) -> str:
 def _box(place: tuple[int, int], name: str, data: dict[str, Any]) -> str:
     x, y = place
     rows = [_shortened(part) for part in _labels(name, data)]
-    title = "\n".join(part for part in (name, data["target"], data["shape"], data["module"], data["source"]) if part)
+    title = "\n".join(part for part in (name, *(data[key] for key in TOLD)) if part)
     return (
         f'<g class="node" data-name="{escape(name)}"><title>{escape(title)}</title>'
         f'<rect x="{x}" y="{y}" width="{WIDE}" height="{HIGH}" rx="4" fill="{_colour(data)}"/>'
@@ -140,7 +142,7 @@ def _box(place: tuple[int, int], name: str, data: dict[str, Any]) -> str:
 
 
 def _labels(name: str, data: dict[str, Any]) -> tuple[str, str]:
-    return name, data["shape"]
+    return data["parameter"] or name, data["shape"]
 
 
 def _shortened(text: str, longest: int = 30) -> str:

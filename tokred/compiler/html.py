@@ -9,7 +9,7 @@ from pathlib import Path
 from tokred.compiler.page import details, page
 from tokred.compiler.picture import figures
 from tokred.compiler.report import BlockReport, GraphReport, PassReport, Report
-from tokred.compiler.text import change_text, flops_text, graph_refusals, saving_text
+from tokred.compiler.text import acted_on, change_text, flops_text, graph_refusals, method_text, saving_text
 
 __all__ = ["write_html"]
 
@@ -41,12 +41,16 @@ def _graph(graph: GraphReport, number: int) -> str:
 
 
 def _summary(graph: GraphReport) -> str:
-    acted = sum(block.method is not None for block in graph.blocks)
+    acted = sum(acted_on(block) for block in graph.blocks)
     refused = sum(block.refusal is not None for block in graph.blocks)
     counts = f"{len(graph.blocks)} blocks, {acted} acted on, {refused} refused"
     if not graph.flops[0]:
         return counts
-    return f"{counts}. FLOPs {change_text(*map(flops_text, graph.flops), arrow='→')} ({saving_text(graph.flops)})"
+    return f"{counts}. FLOPs {_change(*map(flops_text, graph.flops))} ({saving_text(graph.flops)})"
+
+
+def _change(before: object, after: object) -> str:
+    return change_text(before, after, arrow="→")
 
 
 def _titled(title: str, content: str) -> str:
@@ -61,16 +65,15 @@ def _blocks(blocks: list[BlockReport]) -> str:
 
 
 def _block(block: BlockReport, longest: int) -> str:
-    flops = change_text(*map(flops_text, block.flops), arrow="→")
-    kind = "refused" if block.refusal else "acted" if block.method else "untouched"
-    what = f"refused: {block.refusal.code}" if block.refusal else block.method or ""
+    flops = _change(*map(flops_text, block.flops))
+    kind = "refused" if block.refusal else "acted" if acted_on(block) else "untouched"
     note = f'<div class="dim">{escape(block.note)}</div>' if block.note else ""
     source = f'<div class="dim">{escape(block.source)}</div>' if block.source else ""
     return (
         f'<tr class="block {kind}"><td>{block.layer}</td><td>{escape(block.kind)}</td><td>{escape(block.form)}</td>'
         f"<td><code>{escape(block.module)}</code>{source}</td>"
-        f'<td class="tokens">{escape(change_text(*block.tokens, arrow="→"))}{_bars(block, longest)}</td>'
-        f'<td class="nowrap">{flops}</td><td><span class="what">{escape(what)}</span>{note}</td></tr>'
+        f'<td class="tokens">{escape(_change(*block.tokens))}{_bars(block, longest)}</td>'
+        f'<td class="nowrap">{flops}</td><td><span class="what">{escape(method_text(block))}</span>{note}</td></tr>'
     )
 
 

@@ -188,7 +188,7 @@ class Lift:
         shape = (1,) * lead + value.shape
         size = extent(factors)
         sizes = [size if d == place else -1 for d in range(len(shape))]
-        node = self._emit(lambda x: x.reshape(shape).expand(sizes), value.node)
+        node = self.emit(lambda x: x.reshape(shape).expand(sizes), value.node)
         layout = {d + lead: f for d, f in value.layout.items()} | {place: factors}
         memo = Value(node, layout, value.origin)
         return memo, dim + lead
@@ -252,7 +252,7 @@ class Lift:
             if isinstance(again, Value):
                 return again
         shape = [extent(layout[d]) if d in layout else size for d, size in enumerate(value.shape)]
-        return Value(self._emit(lambda x: x.new_zeros(shape), value.node), layout)
+        return Value(self.emit(lambda x: x.new_zeros(shape), value.node), layout)
 
     def _along(
         self, value: Value, dim: int, place: int, apply: Any, stage: Stage, rows: Rows, stale: Value | None = None
@@ -294,13 +294,13 @@ class Lift:
                 shape[d] = shape[d] * y.shape[i]
             return y.reshape(shape)
 
-        return self._emit(function, value.node, stage.map, None if stale is None else stale.node)
+        return self.emit(function, value.node, stage.map, None if stale is None else stale.node)
 
     # -- ops that know about tokens -----------------------------------------------------------------------------------
 
     def log_size(self, stage: Stage) -> fx.Node:
         if "log_size" not in stage.cache:
-            stage.cache["log_size"] = self._emit(lambda size: size.clamp(min=1e-6).log(), stage.size)
+            stage.cache["log_size"] = self.emit(lambda size: size.clamp(min=1e-6).log(), stage.size)
         node: fx.Node = stage.cache["log_size"]
         return node
 
@@ -326,7 +326,7 @@ class Lift:
 
         key = ("bias", lo, hi, str(lead), dtype)
         if key not in rows.stage.cache:
-            rows.stage.cache[key] = self._emit(function, self.log_size(rows.stage))
+            rows.stage.cache[key] = self.emit(function, self.log_size(rows.stage))
         node: fx.Node = rows.stage.cache[key]
         return node
 
@@ -349,7 +349,7 @@ class Lift:
                 return bias
             return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else (mask + bias).to(query.dtype)
 
-        nodes["attn_mask", 0] = self._emit(with_bias, bias, old)
+        nodes["attn_mask", 0] = self.emit(with_bias, bias, old)
 
     def _weigh_softmax(self, ready: dict[tuple[str, int], Value], nodes: dict[tuple[str, int], fx.Node], rows: Rows) -> None:
         if not rows.stage.prop_attn or rows.stage.size is None:
@@ -360,7 +360,7 @@ class Lift:
         lead = [value.layout.get(d) if d != dim and not _has_rows(value.layout.get(d)) else None for d in range(rank)]
         lead = lead[:dim] + lead[dim + 1 :]
         bias = self._size_bias(rows, lead, value.node)
-        nodes["self", 0] = self._emit(lambda x, b: x + b.movedim(-1, dim), value.node, bias)
+        nodes["self", 0] = self.emit(lambda x, b: x + b.movedim(-1, dim), value.node, bias)
 
     def _weighted_mean(self, op: Op, ready: dict[tuple[str, int], Value], step: Advance) -> Any:
         """Mean (or sum) over tokens as the mean over the restored tokens; over kept ones where some are gone for good."""
@@ -392,7 +392,7 @@ class Lift:
         dims = op.arguments.get("dim")
         if dims is not None and len(dims if isinstance(dims, list) else [dims]) != 1:
             raise _CannotAlign(f"{op.target} over several dimensions")
-        return self._checked(op, self._emit(function, value.node, weight), step.outs)
+        return self._checked(op, self.emit(function, value.node, weight), step.outs)
 
     def _pulled(self, rows: Rows) -> fx.Node:
         """[B K] for how many original rows each row of the stage stands when tokens are restored."""
@@ -410,7 +410,7 @@ class Lift:
                     pulled: torch.Tensor = part.pull(w)
                     return pulled
 
-                stage.cache[key] = self._emit(function, stage.map, before)
+                stage.cache[key] = self.emit(function, stage.map, before)
             weight = stage.cache[key]
         assert weight is not None
         return weight
@@ -433,9 +433,9 @@ class Lift:
             start = window.start + (shift if at_tail and not head_only else 0)
             stop = window.stop if head_only else window.stop + shift
             if window.out is None:
-                node = self._emit(lambda x, d=dim, i=start: x.select(d, i), value.node)
+                node = self.emit(lambda x, d=dim, i=start: x.select(d, i), value.node)
             else:
-                node = self._emit(lambda x, d=dim, a=start, b=stop: x.narrow(d, a, b - a), value.node)
+                node = self.emit(lambda x, d=dim, a=start, b=stop: x.narrow(d, a, b - a), value.node)
             results.append(self._checked(op, node, [step.outs[result]], result))
         return results if len(op.results) > 1 or isinstance(op.node.meta["val"], (list, tuple)) else results[0]
 
@@ -508,7 +508,7 @@ class Lift:
         if not agree:
             raise ShapeMismatch(f"{op.node.name}: predicted {predicted}, got {real} ({source_line(op.node)})")
 
-    def _emit(self, function: Any, *args: Any) -> Any:
+    def emit(self, function: Any, *args: Any) -> Any:
         return trace_into(self.graph, function, args)
 
     # -- cuts ---------------------------------------------------------------------------------------------------------
@@ -517,9 +517,11 @@ class Lift:
         """Replace the value of `node` by its reduced form, for everyone or (a round trip) for some consumers."""
         value = self.env[node]
         batch = Batch(stage.root, value.shape[batch_dim])
-        layout: Layout = {batch_dim: (batch,), token_dim: (Rows(stage),)}
         assert stage.parent is not None
-        pre = Value(value.node, {batch_dim: (batch,), token_dim: (Rows(stage.parent),)}, value.origin, value.before_cut)
+        now = value.layout.get(token_dim, (Rows(stage.parent),))[0]
+        assert isinstance(now, Rows)
+        layout: Layout = {batch_dim: (batch,), token_dim: (Rows(stage, now.lo, now.hi),)}
+        pre = Value(value.node, {batch_dim: (batch,), token_dim: (now,)}, value.origin, value.before_cut)
         made = Value(reduced, layout, value.origin, pre)
         if consumers is None:
             self.env[node] = made

@@ -11,6 +11,20 @@ __all__ = ["residual_of"]
 
 aten = torch.ops.aten
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
+CONTRACTIONS = {  # x + 0.04 x^3 (an activation) is no residual join: the branch must project or attend
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.matmul.default,
+    aten.einsum.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.convolution.default,
+    aten.scaled_dot_product_attention.default,
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+}
 
 
 def residual_of(node: fx.Node) -> fx.Node | None:
@@ -37,15 +51,16 @@ def _residual_of(node: fx.Node) -> fx.Node | None:
 
 
 def _comes_from(late: fx.Node, early: fx.Node) -> bool:
-    """Whether `early` is an ancestor of `late`; looks no further back than `early` itself."""
-    seen = {late}
-    queue = [late]
+    """Whether `late` is computed from `early` through a projection or attention; looks no further back than `early`."""
+    seen: set[tuple[fx.Node, bool]] = set()
+    queue = [(late, False)]
     while queue:
-        node = queue.pop()
+        node, mixed = queue.pop()
+        mixed = mixed or node.target in CONTRACTIONS
         for source in node.all_input_nodes:
-            if source is early:
+            if source is early and mixed:
                 return True
-            if source not in seen and early < source:
-                seen.add(source)
-                queue.append(source)
+            if (source, mixed) not in seen and early < source:
+                seen.add((source, mixed))
+                queue.append((source, mixed))
     return False

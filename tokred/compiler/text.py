@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator
 
 from tokred.compiler.report import BlockReport, GraphReport, PassReport, Refusal, Report
 
-__all__ = ["change_text", "flops_text", "graph_refusals", "refusal_text", "report_text", "saving_text"]
+__all__ = [
+    "acted_on",
+    "change_text",
+    "flops_text",
+    "graph_refusals",
+    "method_text",
+    "refusal_text",
+    "report_text",
+    "saving_text",
+]
 
 HEADER = ("layer", "kind", "form", "module", "tokens", "FLOPs", "method")
 ARROW = "->"  # plain ASCII: reports are read in log files too
@@ -31,6 +40,17 @@ def flops_text(flops: float) -> str:
 def change_text(before: object, after: object, arrow: str = ARROW) -> str:
     """`197 -> 184`, or only `197` where nothing changed."""
     return str(before) if before == after else f"{before} {arrow} {after}"
+
+
+def acted_on(block: BlockReport) -> bool:
+    """Whether a method did something here; beside a refusal stands the method that was refused."""
+    return block.method is not None and block.refusal is None
+
+
+def method_text(block: BlockReport) -> str:
+    """The method, the refusal's code, or both."""
+    refused = f"refused: {block.refusal.code}" if block.refusal else ""
+    return " ".join(part for part in (block.method, refused) if part)
 
 
 def saving_text(flops: tuple[int, int]) -> str:
@@ -64,7 +84,7 @@ def _graph_text(graph: GraphReport, number: int, total: int) -> str:
 
 def _summary(graph: GraphReport) -> str:
     attention = sum(block.kind == "attention" for block in graph.blocks)
-    acted = sum(block.method is not None for block in graph.blocks)
+    acted = sum(acted_on(block) for block in graph.blocks)
     refused = sum(block.refusal is not None for block in graph.blocks)
     counts = f"{attention} attention, {len(graph.blocks) - attention} MLP, {acted} acted on, {refused} refused"
     if not graph.flops[0]:
@@ -74,8 +94,7 @@ def _summary(graph: GraphReport) -> str:
 
 def _row(block: BlockReport) -> tuple[str, ...]:
     flops = change_text(*map(flops_text, block.flops))
-    method = f"refused: {block.refusal.code}" if block.refusal else block.method or ""
-    what = "; ".join(part for part in (method, block.note) if part)
+    what = "; ".join(part for part in (method_text(block), block.note) if part)
     return (str(block.layer), block.kind, block.form, block.module, change_text(*block.tokens), flops, what)
 
 

@@ -37,7 +37,7 @@ class Block(nn.Module):
 class DigitViT(nn.Module):
     """Images [B 1 32 32] -> logits [B 10]: 64 patch tokens of 4x4 pixels and a class token, which the head reads."""
 
-    def __init__(self, width: int = 128, depth: int = 6, heads: int = 4, hidden: int = 256) -> None:
+    def __init__(self, width: int = 128, depth: int = 4, heads: int = 4, hidden: int = 512) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, kernel_size=4, stride=4)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))

@@ -12,11 +12,12 @@ from torch import fx
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks, is_parameter
 from tokred.compiler.capture import tensor_meta
+from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.report import Refusal
 from tokred.compiler.staging import Rows, Stage
 from tokred.compiler.suffix import Suffix, follow, special_rows
-from tokred.registry.maps import TokenMap
+from tokred.registry.maps import TokenMap, cut_weight
 from tokred.registry.method import Reduction
 from tokred.registry.recipe import Recipe
 from tokred.registry.site import Place, Site
@@ -162,6 +163,8 @@ class _Run:
         rows = _rows(value, block.token_dim)
         length = value.shape[block.token_dim]
         head, tail = max(head, suffix.head), max(tail, suffix.tail)
+        if rows is not None:  # rows that were concatenated to this axis later belong to no earlier stage: they stay
+            head, tail = max(head, -rows.lo), max(tail, -rows.hi)
         if rows is not None and rows.stage.parent is not None:
             grid = None
         if grid is not None and grid[0] * grid[1] != length - head - tail:
@@ -170,8 +173,10 @@ class _Run:
 
     def _unfit(self, block: Attention, method: Reduction, place: Place) -> Refusal | None:
         """What the method needs and the site lacks."""
-        if block.causal and not method.causal_safe:
+        if not method.causal_safe and is_causal(block):
             return _refusal("causal", f"{method.name} mixes tokens, and later ones would leak into earlier ones", block)
+        if set(method.needs) & {"keys", "queries", "class_token"} and len(tensor_shape(block.key)) not in (3, 4):
+            return _refusal("layout", f"the keys have {len(tensor_shape(block.key))} dimensions, not samples, heads, tokens, channels", block)
         if "class_token" in method.needs and place.head < 1:
             return _refusal("no-class-token", f"{method.name} ranks tokens by the class token's attention, and there is none", block)
         if "grid" in method.needs and place.grid is None:
@@ -197,7 +202,7 @@ class _Run:
             reduced = token_map.reduce(hidden)
             return token_map, reduced.transpose(0, 1) if swap else reduced
 
-        token_map, reduced = self.lift._emit(function, tensors)
+        token_map, reduced = self.lift.emit(function, tensors)
         before, after = tensor_meta(tensors["hidden"]), tensor_meta(reduced)
         assert before is not None and after is not None
         kept = after.shape[block.token_dim]
@@ -210,7 +215,7 @@ class _Run:
         tensors: dict[str, Any] = {"hidden": value.node}
         rows = _rows(value, block.token_dim)
         if rows is not None and rows.stage.size is not None:
-            tensors["size"] = rows.stage.size
+            tensors["size"] = self.lift.emit(lambda s: cut_weight(s, rows.lo, rows.hi), rows.stage.size) if rows.lo or rows.hi else rows.stage.size
         if method.scope == "round_trip":
             return tensors
         batch = value.shape[block.batch_dim]
@@ -230,7 +235,7 @@ class _Run:
             if {"queries", "class_token"} & set(method.needs):
                 tensors["mask"] = self._rank4(mask)
             if meta.dim() == 4 and not _is_one(meta.shape[0]):
-                tensors["valid"] = self.lift._emit(_visible, mask)
+                tensors["valid"] = self.lift.emit(_visible, mask)
         return tensors
 
     def _heads(self, node: fx.Node, batch: Any, *, transposed: bool = False) -> fx.Node:
@@ -242,23 +247,27 @@ class _Run:
 
         if rank == 4 and not transposed:
             return node
-        result: fx.Node = self.lift._emit(function, node)
+        result: fx.Node = self.lift.emit(function, node)
         return result
 
     def _rank4(self, mask: fx.Node) -> fx.Node:
         rank = mask.meta["val"].dim()
-        result: fx.Node = mask if rank == 4 else self.lift._emit(lambda m: m.reshape((1,) * (4 - rank) + tuple(m.shape)), mask)
+        result: fx.Node = mask if rank == 4 else self.lift.emit(lambda m: m.reshape((1,) * (4 - rank) + tuple(m.shape)), mask)
         return result
 
     def _stage(self, value: Any, block: Attention, place: Place, token_map: Any, reduced: fx.Node, exits: frozenset[Any]) -> Stage:
         rows = _rows(value, block.token_dim)
         parent = rows.stage if rows is not None else Stage(value.shape[block.token_dim])
+        head, tail, length = place.head, place.tail, reduced.meta["val"].shape[block.token_dim]
+        if rows is not None and (rows.lo or rows.hi):  # the map in the coordinates of the stage, not of this value
+            lo, hi, before = rows.lo, rows.hi, place.tokens
+            token_map = self.lift.emit(lambda m: m.window(-lo, -hi, before), token_map)
+            head, tail, length = head + lo, tail + hi, length + lo + hi
         size = token_map.sizes
         if size is None and parent.size is not None:
-            size = self.lift._emit(lambda m, s: m.pull(s), token_map, parent.size)
-        length = reduced.meta["val"].shape[block.token_dim]
+            size = self.lift.emit(lambda m, s: m.pull(s), token_map, parent.size)
         prop = token_map.prop_attn or (parent.prop_attn and size is not None)
-        return Stage(length, parent, token_map, place.head, place.tail, size, prop, exits)
+        return Stage(length, parent, token_map, head, tail, size, prop, exits)
 
     def _lengths(self) -> dict[fx.Node, dict[int, Any]]:
         lengths = {}
@@ -280,6 +289,10 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
 def _rows(value: Any, token_dim: int) -> Rows | None:
     factors = value.layout.get(token_dim, ())
     return factors[0] if len(factors) == 1 and isinstance(factors[0], Rows) else None
+
+
+def tensor_shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
 
 
 def _is_one(size: Any) -> bool:

@@ -2,6 +2,8 @@
 
     Keep(index)             rows survive
     Merge(keep, src, into)  every dropped row is added, with a weight, to a surviving one
+      Represent             the same groups, each shown by its surviving row as it is
+      Mlerp                 the same means, each as long as the longest row of its group
     Soft(reduce, restore)   dense matrices
 
 B batch, N tokens before, K tokens after, R = N - K tokens that disappear. Protected tokens keep their rows: the first
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Keep", "Merge", "Soft", "TokenMap"]
+__all__ = ["Keep", "Merge", "Mlerp", "Represent", "Soft", "TokenMap", "rows"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class TokenMap:
         return getattr(self, "size", None)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B N C] [B K] -> [B K C]
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """[B N C] and row numbers [B K] -> [B K C]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _cut_index(index: Tensor, lo: int, hi: int, length: Any) -> Tensor:
@@ -78,7 +81,8 @@ def _cut_index(index: Tensor, lo: int, hi: int, length: Any) -> Tensor:
     return torch.cat([*lead, kept, *last], 1) if lead or last else kept
 
 
-def _cut_weight(weight: Tensor, lo: int, hi: int) -> Tensor:
+def cut_weight(weight: Tensor, lo: int, hi: int) -> Tensor:
+    """Weights [B K] of rows [0, K) -> those of rows [lo, K - hi); rows from outside weigh 1."""
     kept = weight[:, max(lo, 0) : weight.shape[1] - max(hi, 0)]
     return torch.nn.functional.pad(kept, (max(-lo, 0), max(-hi, 0)), value=1.0) if lo < 0 or hi < 0 else kept
 
@@ -91,7 +95,7 @@ class Keep(TokenMap):
     prop_attn: bool = False
 
     def reduce(self, x: Tensor) -> Tensor:
-        return _rows(x, self.index)
+        return rows(x, self.index)
 
     pick = any = reduce
 
@@ -140,16 +144,16 @@ class Merge(TokenMap):
         return Merge(keep, src, into, kept / divisor, gone / divisor.gather(1, into), total, prop_attn)
 
     def reduce(self, x: Tensor) -> Tensor:
-        kept = _rows(x, self.keep) * self.keep_weight.unsqueeze(-1)  # half precision is summed in float32
-        gone = _rows(x, self.src) * self.src_weight.unsqueeze(-1)
+        kept = rows(x, self.keep) * self.keep_weight.unsqueeze(-1)  # half precision is summed in float32
+        gone = rows(x, self.src) * self.src_weight.unsqueeze(-1)
         out = kept.scatter_add(1, self.into.unsqueeze(-1).expand(-1, -1, x.shape[-1]), gone)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def pick(self, x: Tensor) -> Tensor:
-        return _rows(x, self.keep)
+        return rows(x, self.keep)
 
     def any(self, x: Tensor) -> Tensor:
-        kept, gone = _rows(x, self.keep).float(), _rows(x, self.src).float()
+        kept, gone = rows(x, self.keep).float(), rows(x, self.src).float()
         return kept.scatter_add(1, self.into.unsqueeze(-1).expand(-1, -1, x.shape[-1]), gone) > 0
 
     def pull(self, weight: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ class Merge(TokenMap):
         return torch.zeros_like(where).scatter(1, where, torch.cat([slots, self.into], 1))
 
     def restore(self, y: Tensor, stale: Tensor | None = None) -> Tensor:
-        return _rows(y, self.groups(None))
+        return rows(y, self.groups(None))
 
     def window(self, lo: int, hi: int, length: Any) -> Merge:
         return replace(
@@ -169,9 +173,37 @@ class Merge(TokenMap):
             keep=_cut_index(self.keep, lo, hi, length),
             src=self.src - lo,
             into=self.into - lo,
-            keep_weight=_cut_weight(self.keep_weight, lo, hi),
-            size=None if self.size is None else _cut_weight(self.size, lo, hi),
+            keep_weight=cut_weight(self.keep_weight, lo, hi),
+            size=None if self.size is None else cut_weight(self.size, lo, hi),
         )
+
+
+@dataclass(frozen=True)
+class Represent(Merge):
+    """A Merge whose output rows are the `keep` rows as they are: pruning that can be restored by copies."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        return self.pick(x)
+
+
+@dataclass(frozen=True)
+class Mlerp(Merge):
+    """A Merge that gives each mean the length of the longest row in its group (ToFu, arXiv 2312.01026).
+
+    Not linear in x. A row that nothing is merged into stays as it is.
+    """
+
+    def reduce(self, x: Tensor) -> Tensor:
+        mean = super().reduce(x)
+        wide = x if x.dtype == torch.float64 else x.float()
+        length = wide.norm(dim=-1)  # [B N]
+        slots = torch.arange(self.keep.shape[1], device=x.device).unsqueeze(-1)  # [K 1]
+        member = self.into.unsqueeze(1) == slots  # [B K R]: compared rather than scattered, so that it fuses
+        joined = length.gather(1, self.src).unsqueeze(1).where(member, 0.0).amax(-1)  # [B K]
+        longest = torch.maximum(length.gather(1, self.keep), joined)
+        short = mean.to(wide.dtype).norm(dim=-1).clamp(min=1e-12)  # opposite rows may cancel
+        factor = torch.where(member.any(-1), longest / short, 1.0)
+        return (mean * factor.unsqueeze(-1)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,7 +219,7 @@ class Soft(TokenMap):
         return self.matrix.to(x.dtype) @ x
 
     def pick(self, x: Tensor) -> Tensor:
-        return _rows(x, self.matrix.argmax(-1))
+        return rows(x, self.matrix.argmax(-1))
 
     def any(self, x: Tensor) -> Tensor:
         return self.matrix @ x.to(self.matrix.dtype) > 0
@@ -230,5 +262,5 @@ def _unflatten(values: Any, context: Any) -> Any:
     return kind(**dict(zip(names, values, strict=True)))
 
 
-for _kind in (Keep, Merge, Soft):
+for _kind in (Keep, Merge, Represent, Mlerp, Soft):
     _pytree.register_pytree_node(_kind, _flatten, _unflatten, serialized_type_name=f"tokred.{_kind.__name__}")

@@ -1,4 +1,4 @@
-"""Bipartite soft matching (Bolya et al., "Token Merging", ICLR 2023, arXiv 2210.09461, section 3), shared by several methods."""
+"""Bipartite soft matching, shared by several methods (Bolya et al., "Token Merging", arXiv 2210.09461, section 3)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from tokred.errors import ArgumentError
 from tokred.registry.maps import TokenMap
 from tokred.registry.site import Place, Site
 
-__all__ = ["Reduction", "check_fraction", "keep_fraction", "per_layer"]
+__all__ = ["Reduction", "Share", "check_fraction", "check_layers", "check_r", "keep_fraction", "per_layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,36 @@ class Reduction:
         return f"{self.name}({shown})"
 
 
+@dataclass(frozen=True)
+class Share(Reduction):
+    """A reduction that keeps a share of the unprotected tokens at a few layers.
+
+    keep     fraction kept, in (0, 1]
+    ratio    fraction removed, in [0, 1); give one of the two
+    layers   None is three cuts, a quarter, half and three quarters of the way (EViT's 3, 6, 9 of 12), or one cut in the
+             middle of fewer than four blocks
+    """
+
+    keep: float | None = None
+    ratio: float | None = None
+
+    default_keep: ClassVar[float] = 0.5
+
+    def __post_init__(self) -> None:
+        keep_fraction(self.name, self.keep, self.ratio, self.default_keep)
+
+    @property
+    def kept(self) -> float:
+        """The fraction kept, however it was given."""
+        return keep_fraction(self.name, self.keep, self.ratio, self.default_keep)
+
+    def default_layers(self, depth: int) -> list[int]:
+        return [depth // 4, depth // 2, 3 * depth // 4] if depth >= 4 else [depth // 2]
+
+    def removed(self, place: Place) -> Any:
+        return place.free - place.count(self.kept)
+
+
 def _slice(text: str) -> slice:
     try:
         parts = [int(part) if part.strip() else None for part in text.split(":")]
@@ -74,8 +104,19 @@ def _slice(text: str) -> slice:
         raise ArgumentError(f"layers={text!r} is neither a slice such as '8:24' nor a glob on module names") from None
 
 
-def check_fraction(method: str, name: str, value: float | None, *, zero: bool = True) -> None:
-    """Raise ArgumentError unless `value` is None or a fraction of tokens that leaves some: [0, 1) removed, (0, 1] kept."""
+def check_layers(method: str, layers: Any) -> None:
+    """Raise ArgumentError unless `layers` is None, an int, ints, a slice such as "8:24", or a glob on module names."""
+    if isinstance(layers, str):
+        if ":" in layers:
+            _slice(layers)
+        return
+    numbers = layers if isinstance(layers, (list, tuple)) else [] if layers is None else [layers]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise ArgumentError(f"{method}(layers={layers!r}): ints, a slice such as '8:24', or a glob on module names")
+
+
+def check_fraction(method: str, name: str, value: float | None) -> None:
+    """Raise ArgumentError unless `value` is None or a fraction that leaves some: [0, 1) removed, (0, 1] kept."""
     if value is None:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -89,7 +130,7 @@ def check_fraction(method: str, name: str, value: float | None, *, zero: bool = 
 def keep_fraction(method: str, keep: float | None, ratio: float | None, default: float) -> float:
     """The fraction kept, from `keep` or `ratio` (the fraction removed); giving both is an error."""
     if keep is not None and ratio is not None:
-        raise ArgumentError(f"{method}(keep={keep!r}, ratio={ratio!r}): give one of them; ratio is the fraction removed")
+        raise ArgumentError(f"{method}(keep={keep!r}, ratio={ratio!r}): give one; ratio is the fraction removed")
     check_fraction(method, "keep", keep)
     check_fraction(method, "ratio", ratio)
     if ratio is not None:
@@ -97,11 +138,9 @@ def keep_fraction(method: str, keep: float | None, ratio: float | None, default:
     return default if keep is None else keep
 
 
-def per_layer(method: str, r: Any, layer: int, depth: int) -> int:
+def per_layer(r: Any, layer: int, depth: int) -> int:
     """ToMe's schedule forms: int everywhere; list, one a layer, missing ones 0; (r, inflection), a linear ramp."""
     if isinstance(r, tuple):
-        if len(r) != 2 or not -1 <= r[1] <= 1:
-            raise ArgumentError(f"{method}(r={r!r}): a ramp is (r, inflection) with inflection in [-1, 1]")
         low = r[0] * (1 - r[1])
         high = 2 * r[0] - low
         return int(low + (high - low) / max(depth - 1, 1) * layer)
@@ -111,9 +150,9 @@ def per_layer(method: str, r: Any, layer: int, depth: int) -> int:
 
 
 def check_r(method: str, r: Any) -> None:
-    values = [r[0]] if isinstance(r, tuple) and len(r) == 2 else r if isinstance(r, list) else [r]
-    if isinstance(r, tuple):
-        per_layer(method, r, 0, 1)
-    for value in values:
+    """Raise ArgumentError unless `r` is one of the forms that `per_layer` reads."""
+    if isinstance(r, tuple) and not (len(r) == 2 and isinstance(r[1], (int, float)) and -1 <= r[1] <= 1):
+        raise ArgumentError(f"{method}(r={r!r}): a ramp is (r, inflection) with inflection in [-1, 1]")
+    for value in r[:1] if isinstance(r, tuple) else r if isinstance(r, list) else [r]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ArgumentError(f"{method}(r={r!r}): r counts tokens per layer: an int >= 0, a list of them, or (r, inflection)")
+            raise ArgumentError(f"{method}(r={r!r}): tokens per layer: an int >= 0, a list of them, or (r, inflection)")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tokred.errors import ArgumentError, RecipeError, nearest
-from tokred.registry.method import Reduction
+from tokred.registry.method import Reduction, check_layers
 from tokred.registry.register import method_named
 
 __all__ = ["Recipe", "parse_recipe"]
@@ -22,6 +22,10 @@ class Recipe:
     """Methods in the order in which they are tried at each site."""
 
     methods: tuple[Reduction, ...] = ()
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_layers(method.name, method.layers)
 
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)

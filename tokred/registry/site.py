@@ -1,4 +1,4 @@
-"""What a method sees: the place (plain numbers) and the site (the place with its tensors). Never a graph, never a model."""
+"""What a method sees: the place (plain numbers) and the site (the place with its tensors). Never a graph or a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from tokred.registry.maps import Keep
 
-__all__ = ["Place", "Site"]
+__all__ = ["Place", "Site", "precise"]
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32 or better, for scores whose order decides."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +81,10 @@ class Site(Place):
 
     def sizes(self) -> Tensor:
         """[B N] how many original tokens each row stands for; padding stands for none."""
-        if self.size is not None:
-            return self.size
+        return self.members() if self.size is None else self.size
+
+    def members(self) -> Tensor:
+        """[B N] one for each row, however many tokens it stands for; padding is none."""
         dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
         if self.valid is not None:
             return self.valid.to(dtype).expand(self.batch, -1)
@@ -87,7 +94,8 @@ class Site(Place):
         """[B N D] the mean of the keys over heads, each row of length one (ToMe, section 3)."""
         assert self.key is not None
         mean = self.key.mean(1)
-        return mean / mean.norm(dim=-1, keepdim=True)
+        length: Tensor = mean.norm(dim=-1, keepdim=True)
+        return mean / length
 
     def attention(self, row: int = 0) -> Tensor:
         """[B H N] the attention of one query row, in float32 or better, masked and scaled as the model's own."""
@@ -97,7 +105,7 @@ class Site(Place):
         query = query.unflatten(1, (groups, -1))  # [B G H/G D]
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         scores = (query @ self.key.transpose(-1, -2)).flatten(1, 2) * scale  # [B H N]
-        scores = scores if scores.dtype == torch.float64 else scores.float()
+        scores = precise(scores)
         if self.mask is not None:
             mask = self.mask[:, :, min(row, self.mask.shape[2] - 1)]
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -40,7 +40,7 @@ class ToMe(Reduction):
             raise ArgumentError(f"tome(order={self.order!r}): 'tome' or 'preserve'")
 
     def removed(self, place: Place) -> Any:
-        return min(per_layer(self.name, self.r, place.layer, place.depth), mergeable(place))
+        return min(per_layer(self.r, place.layer, place.depth), mergeable(place))
 
     def plan(self, site: Site) -> TokenMap:
         keep, src, into = bipartite(site, site.metric(), self.removed(site))

@@ -1,0 +1,89 @@
+"""Is an attention causal? Its flag says so, or its mask does: the mask's own small graph is run once, on nothing masked out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokred.compiler.blocks import Attention, is_parameter
+from tokred.compiler.capture import tensor_meta
+from tokred.compiler.residual import CONTRACTIONS
+
+__all__ = ["is_causal"]
+
+LARGEST = 2**22  # elements of a mask that is worth running
+
+
+def is_causal(block: Attention) -> bool:
+    """Whether some query may not see a later key that an earlier key's query may see.
+
+    A mask computed from activations (a decomposed position bias) cannot tell and does not hide keys: not causal. A mask
+    that is an input of the graph cannot be looked into: causal unless it is the same for all queries.
+    """
+    return block.causal or any(_hides_later_keys(mask) for mask in block.masks)
+
+
+def _hides_later_keys(mask: fx.Node) -> bool:
+    meta = tensor_meta(mask)
+    if meta is None or meta.dim() < 2 or _is_one(meta.shape[-2]) or _is_one(meta.shape[-1]):
+        return False
+    if "hides_later_keys" not in mask.meta:
+        mask.meta["hides_later_keys"] = _inspect(mask)
+    return bool(mask.meta["hides_later_keys"])
+
+
+def _inspect(mask: fx.Node) -> bool:
+    nodes = _ancestors(mask)
+    if mask.op == "placeholder":
+        return not is_parameter(mask)
+    if any(node.target in CONTRACTIONS for node in nodes):
+        return False
+    try:
+        value = _run(mask, nodes)
+    except Exception:
+        return True  # what cannot be looked into is taken for the stricter case
+    seen = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+    rows, columns = seen.shape[-2:]
+    later = torch.ones(rows, columns, dtype=torch.bool).triu(1 + columns - rows)
+    pairs = seen.reshape(-1, rows, columns).any(0)
+    return bool(later.any()) and not bool(pairs[later].any())
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    seen, queue = {node}, [node]
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return sorted(seen)
+
+
+def _run(mask: fx.Node, nodes: list[fx.Node]) -> torch.Tensor:
+    """The mask for inputs that hide nothing: ones for integers and booleans, zeros for floats."""
+    env: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in nodes:
+            if node.op in ("placeholder", "get_attr"):
+                env[node] = _neutral(node.meta["val"])
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})  # type: ignore[operator]
+    result: torch.Tensor = env[mask]
+    return result
+
+
+def _neutral(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value if isinstance(value, (int, float, bool)) else int(value.node.hint)
+    shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+    if torch.Size(shape).numel() > LARGEST:
+        raise ValueError("too large to look into")
+    fill = torch.zeros if value.dtype.is_floating_point else torch.ones
+    return fill(shape, dtype=value.dtype)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
