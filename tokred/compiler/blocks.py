@@ -16,17 +16,17 @@ from torch import fx
 
 from tokred.compiler.axes import Axes, Dim
 from tokred.compiler.capture import module_path, source_line, tensor_meta
-from tokred.compiler.relations import Op
+from tokred.compiler.relations import Op, same
 from tokred.compiler.report import Refusal
 from tokred.compiler.residual import residual_of
 
-__all__ = ["Attention", "Blocks", "Mlp", "find_blocks", "is_parameter"]
+__all__ = ["Attention", "Blocks", "Mlp", "find_blocks", "is_parameter", "renumber"]
 
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default}
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default, aten.einsum.default}
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default}
@@ -111,6 +111,19 @@ def find_blocks(gm: fx.GraphModule, axes: Axes) -> Blocks:
     return Blocks(attentions, mlps)
 
 
+def renumber(blocks: Blocks, original: Blocks) -> Blocks:
+    """After exact passes: the same blocks keep their layer numbers, and one that lost its tokens says so."""
+    if len(blocks.attentions) != len(original.attentions):
+        return blocks
+    for block, before in zip(blocks.attentions, original.attentions, strict=True):
+        block.layer, block.depth, block.module, block.source = before.layer, before.depth, before.module, before.source
+        if block.form == "pool" and before.form != "pool":
+            block.form, block.tokens = before.form, 1
+            reason = f"only one of its {before.tokens} tokens is read afterwards, and the others are not computed any more"
+            block.refusal = Refusal("dead-tokens", reason, block.refusal.where if block.refusal else "")
+    return blocks
+
+
 def is_parameter(node: Any) -> bool:
     """A module's own parameter or buffer."""
     return isinstance(node, fx.Node) and (
@@ -178,10 +191,10 @@ def _product_behind(softmax: fx.Node) -> fx.Node | None:
             products.append(node)
         elif node.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             queue += [n for n in node.all_input_nodes if tensor_meta(n) is not None]
-    rank = tensor_meta(softmax)
-    assert rank is not None
+    scores = tensor_meta(softmax)
+    assert scores is not None
     both = [p for p in products if not any(is_parameter(f) for f in _factors(p))]
-    whole = [p for p in both if (m := tensor_meta(p)) is not None and m.shape[-1] == rank.shape[-1]]
+    whole = [p for p in both if (m := tensor_meta(p)) is not None and same(m.shape[-1], scores.shape[-1])]
     return min(whole, default=None)
 
 
@@ -233,6 +246,7 @@ _ELEMENTWISE = (
     aten.detach.default,
     aten.alias.default,
     aten.type_as.default,
+    aten.copy.default,
     aten.where.self,
     aten.masked_fill.Scalar,
 )
@@ -250,7 +264,7 @@ def _product_ahead(softmax: fx.Node, axes: Axes) -> fx.Node | None:
             seen.add(user)
             if user.target in PRODUCTS:
                 left = _factors(user)[0]
-                if left is node and axes.of(left)[-1] == keys:
+                if left is node and axes.of(left)[-1] == keys and keys not in axes.of(user):
                     return user
             elif user.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(user.target, "tags", ()):
                 queue.append(user)
@@ -258,6 +272,9 @@ def _product_ahead(softmax: fx.Node, axes: Axes) -> fx.Node | None:
 
 
 def _factors(product: fx.Node) -> tuple[Any, Any]:
+    if product.target is aten.einsum.default:
+        operands: Any = product.args[1]
+        return (operands[0], operands[1]) if len(operands) == 2 else (None, None)
     first = 1 if product.target is aten.baddbmm.default else 0
     return product.args[first], product.args[first + 1]
 
@@ -269,7 +286,7 @@ def _place_on_stream(block: Attention, axes: Axes, order: dict[fx.Node, int], an
     if block.form == "pool":
         block.refusal = Refusal("single-query", "one query reads all tokens: there is no token axis to reduce", where)
         return
-    join = _join(block.anchor, order, anchors)
+    join = _join(block, order, anchors)
     if join is None:
         block.refusal = Refusal("no-residual", "the attention's output is not added to a residual stream", where)
         return
@@ -304,8 +321,9 @@ def _misplaced(tokens: Dim, dims: list[Dim], where: str) -> Refusal:
     return Refusal("stream-axis", "the tokens of the queries are not the tokens of the residual stream", where)
 
 
-def _join(anchor: fx.Node, order: dict[fx.Node, int], anchors: set[fx.Node]) -> fx.Node | None:
-    """The first residual addition downstream whose stream operand is older than the attention."""
+def _join(block: Attention, order: dict[fx.Node, int], anchors: set[fx.Node]) -> fx.Node | None:
+    """The first residual addition downstream whose stream operand is older than the attention and none of its operands."""
+    anchor, own = block.anchor, (block.query, block.key, block.value)
     seen: set[fx.Node] = set()
     queue = list(anchor.users)
     while queue:
@@ -315,7 +333,7 @@ def _join(anchor: fx.Node, order: dict[fx.Node, int], anchors: set[fx.Node]) -> 
             continue
         seen.add(node)
         stream = residual_of(node)
-        if stream is not None:
+        if stream is not None and stream not in own:
             if order[stream] < order[anchor]:
                 return node
             continue

@@ -133,6 +133,7 @@ class Lift:
         ready = {key: self._align(op, key, value, step) for key, value in inputs.items()}
         nodes = {key: value.node for key, value in ready.items()}
         if op.target is ATTENTION:
+            op = self._without_flag(op, ready["query", 0])
             self._weigh_attention(op, ready, nodes)
             self.operands[op.node] = {name: value for (name, _), value in ready.items()}
         elif "softmax" in step.along:
@@ -162,7 +163,8 @@ class Lift:
                 raise _CannotAlign("two reductions of one axis meet")
             value = self._back(value, dim, common)
             for stage in goal.chain[goal.chain.index(common) + 1 :]:
-                value, dim = self._with_batch(op, key, value, dim, step)
+                if stage.map.per_sample:
+                    value, dim = self._with_batch(op, key, value, dim, step)
                 value = self._forward(value, dim, place, stage, self._role(op, key, value, dim))
         return value
 
@@ -329,6 +331,13 @@ class Lift:
             rows.stage.cache[key] = self.emit(function, self.log_size(rows.stage))
         node: fx.Node = rows.stage.cache[key]
         return node
+
+    def _without_flag(self, op: Op, query: Value) -> Op:
+        """Causal attention counts queries from the first key; the last query alone sees every key and needs no flag."""
+        rows = next((f for d, _, f in rows_of(query.layout) if d == len(query.shape) - 2), None)
+        if rows is not None and op["is_causal"] and any(not stage.map.per_sample for stage in rows.stage.chain[1:]):
+            op.arguments["is_causal"] = op["is_causal"] and rows.stage.head > 0
+        return op
 
     def _weigh_attention(self, op: Op, ready: dict[tuple[str, int], Value], nodes: dict[tuple[str, int], fx.Node]) -> None:
         """Proportional attention: merged keys weigh as many as they are (ToMe, equation 1)."""

@@ -12,7 +12,7 @@ from torch import fx
 
 from tokred.backends import lower
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Blocks, find_blocks
+from tokred.compiler.blocks import Blocks, find_blocks, renumber
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.options import Options
 from tokred.compiler.report import GraphReport, PassReport, Refusal
@@ -45,13 +45,14 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
 
 def transform(gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer) -> Compiled:
     """capture -> exact passes -> analyse -> reduce -> report."""
-    from tokred.passes import exact_passes, plugin_passes
+    from tokred.passes import exact_passes
+    from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.reduce_tokens import reduce_tokens
 
     report = GraphReport(model=model_name(gm))
     observe("dynamo", gm)
     try:
-        captured = capture(gm, example_inputs)
+        captured = expand_encoder_layer(capture(gm, example_inputs))
     except CaptureFailed as error:
         report.notes.append(f"not captured, compiled unchanged: {error}")
         log.warning("%s: %s", report.model, report.notes[-1])
@@ -61,11 +62,12 @@ def transform(gm: fx.GraphModule, example_inputs: list[Any], options: Options, o
     report.before = graph.print_readable(print_output=False)
     axes = Axes(graph.graph)
     original = find_blocks(graph, axes)
-    for name, exact, run in [*exact_passes(options), *plugin_passes("exact", options)]:
+    for name, exact, run in exact_passes(options):
         graph = _timed(name, exact, run, graph, report)
         observe(name, graph)
+    graph = _plugins("exact", options, graph, report, observe)
     axes = Axes(graph.graph) if graph is not captured else axes
-    blocks = find_blocks(graph, axes) if graph is not captured else original
+    blocks = renumber(find_blocks(graph, axes), original) if graph is not captured else original
     started = time.perf_counter()
     gate = _gate(options, graph, blocks, axes)
     reduced = reduce_tokens(graph, blocks, axes, options.recipe, full=options.outputs == "full", gate=gate)
@@ -74,13 +76,25 @@ def transform(gm: fx.GraphModule, example_inputs: list[Any], options: Options, o
         observe("reduce_tokens", reduced.graph)
     graph = reduced.graph
     for stage in ("reduce", "cleanup"):
-        for name, exact, run in plugin_passes(stage, options):
-            graph = _timed(name, exact, run, graph, report)
-            observe(name, graph)
+        graph = _plugins(stage, options, graph, report, observe)
     summarize(report, captured, original, blocks, axes, reduced, graph)
     _enforce(options, report)
     report.after = graph.print_readable(print_output=False)
     return Compiled(graph, report, changed=graph is not captured, maps=list(reduced.applied.items()))
+
+
+def _plugins(stage: str, options: Options, graph: fx.GraphModule, report: GraphReport, observe: Observer) -> fx.GraphModule:
+    """Plug-ins work on a copy, so that one that edits in place and then fails has changed nothing."""
+    from tokred.passes import plugin_passes
+
+    for name, exact, run in plugin_passes(stage, options):
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(graph.graph, {}))
+        result = _timed(name, exact, run, fx.GraphModule(graph, copy), report)
+        if report.passes[-1].changes and not report.passes[-1].refusals:
+            graph = result
+            observe(name, graph)
+    return graph
 
 
 def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: GraphReport) -> fx.GraphModule:

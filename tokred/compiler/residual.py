@@ -29,9 +29,10 @@ CONTRACTIONS = {  # x + 0.04 x^3 (an activation) is no residual join: the branch
 
 def residual_of(node: fx.Node) -> fx.Node | None:
     """The stream operand `x` of a residual join `x + f(x)`, or None if `node` is no such join."""
-    if "residual_of" not in node.meta:
-        node.meta["residual_of"] = _residual_of(node)
-    found: fx.Node | None = node.meta["residual_of"]
+    known = node.meta.get("residual_of")
+    if known is None or known[0] is not node:  # copying a node copies its meta
+        known = node.meta["residual_of"] = (node, _residual_of(node))
+    found: fx.Node | None = known[1]
     return found
 
 

@@ -1,7 +1,7 @@
 """How much work a node is: FLOPs and bytes, as numbers or as sympy expressions, whatever its sizes are given as.
 
-A FLOP is a multiplication or an addition: a multiply-add counts two. Only products count; norms and element-wise ops are
-a thousandth of a transformer's arithmetic, and what they cost in time is the bytes that they move.
+A FLOP is a multiplication or an addition: a multiply-add counts two. Only products count; norms and element-wise ops
+are a thousandth of a transformer's arithmetic, and what they cost in time is the bytes that they move.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def weights(node: fx.Node, sizes: Sizes = sizes_now) -> Any:
     """Bytes of the parameters that a node reads."""
     if _is_view(node):
         return 0
-    return sum((_bytes(n, sizes) for n in node.all_input_nodes if tensor_meta(n) is not None and _is_weight(n)), start=0)
+    read = [n for n in node.all_input_nodes if tensor_meta(n) is not None and _is_weight(n)]
+    return sum((_bytes(n, sizes) for n in read), start=0)
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------

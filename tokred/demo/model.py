@@ -30,8 +30,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B H N D]
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.proj(y)
-        y: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + y
+        z: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + z
 
 
 class DigitViT(nn.Module):

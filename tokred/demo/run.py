@@ -122,8 +122,7 @@ def _candidate(model: nn.Module, images: Tensor, labels: Tensor, method: str, re
     if method == DENSE:
         function = torch.compile(model, backend="inductor")
     else:
-        options = {} if recipe is None else {"recipe": recipe}
-        function = torch.compile(model, backend="tokred", options=options)
+        function = torch.compile(model, backend="tokred", options=None if recipe is None else {"recipe": recipe})
     function(images[:BATCH])
     seconds = time.perf_counter() - start
     guesses = torch.cat([function(part).argmax(dim=-1) for part in images.split(BATCH)])

@@ -6,6 +6,7 @@ from typing import Any
 
 import networkx as nx
 
+from tokred.passes.drop_dead_tokens import drop_dead_tokens
 from tokred.registry.register import passes
 
 __all__ = ["exact_passes", "plugin_passes"]
@@ -15,7 +16,9 @@ Pass = tuple[str, bool, Any]
 
 def exact_passes(options: Any) -> list[Pass]:
     """Same numbers, less work. On by default."""
-    return []
+    if not options.exact:
+        return []
+    return [("drop_dead_tokens", True, drop_dead_tokens)]
 
 
 def plugin_passes(stage: str, options: Any) -> list[Pass]:

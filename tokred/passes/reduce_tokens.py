@@ -221,14 +221,14 @@ class _Run:
         batch = value.shape[block.batch_dim]
         used = self.lift.operands.get(block.anchor, {})
 
-        def operand(name: str, node: fx.Node) -> Any:
-            found = used.get(name) or self.lift.env[node]
-            return found.node
+        def operand(name: str, node: fx.Node) -> fx.Node:
+            found: fx.Node = (used.get(name) or self.lift.env[node]).node
+            return self._heads(found, self._order(block, node), batch)
 
         if {"keys", "queries", "class_token"} & set(method.needs):
-            tensors["key"] = self._heads(operand("key", block.key), batch, transposed=block.anchor.target not in _SDPA)
+            tensors["key"] = operand("key", block.key)
         if {"queries", "class_token"} & set(method.needs):
-            tensors["query"] = self._heads(operand("query", block.query), batch)
+            tensors["query"] = operand("query", block.query)
         if isinstance(block.mask, fx.Node):
             mask = operand("attn_mask", block.mask)
             meta = mask.meta["val"]
@@ -238,15 +238,29 @@ class _Run:
                 tensors["valid"] = self.lift.emit(_visible, mask)
         return tensors
 
-    def _heads(self, node: fx.Node, batch: Any, *, transposed: bool = False) -> fx.Node:
-        rank = node.meta["val"].dim()
+    def _order(self, block: Attention, node: fx.Node) -> list[int]:
+        """The permutation of an operand's dimensions to [.. tokens D]."""
+        rank = len(tensor_shape(node))
+        if block.anchor.target in _SDPA:
+            return list(range(rank))
+        dims, weights = self.axes.of(node), self.axes.of(block.anchor)
+        tokens = weights[-1] if node is block.key else weights[-2]
+        shared = {atom for dim in weights for atom in dim}
+        token = [d for d, dim in enumerate(dims) if dim == tokens]
+        inner = [d for d, dim in enumerate(dims) if dim and not set(dim) & shared]
+        if len(token) != 1 or len(inner) != 1:
+            raise ValueError(f"which dimensions of {node.name} are tokens and head channels does not show")
+        return [d for d in range(rank) if d not in (token[0], inner[0])] + [token[0], inner[0]]
+
+    def _heads(self, node: fx.Node, order: list[int], batch: Any) -> fx.Node:
+        """[B H N D] from [B H N D] or [B*H N D] in any order."""
+        if order == [0, 1, 2, 3]:
+            return node
 
         def function(x: torch.Tensor) -> torch.Tensor:
-            x = x.transpose(-1, -2) if transposed else x
-            return x.unflatten(0, (batch, -1)) if rank == 3 else x
+            x = x.permute(order)
+            return x.unflatten(0, (batch, -1)) if len(order) == 3 else x
 
-        if rank == 4 and not transposed:
-            return node
         result: fx.Node = self.lift.emit(function, node)
         return result
 

@@ -13,13 +13,13 @@ B batch, N tokens before, K tokens after, R = N - K tokens that disappear. Prote
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Keep", "Merge", "Mlerp", "Represent", "Soft", "TokenMap", "rows"]
+__all__ = ["Keep", "Merge", "Mlerp", "Represent", "Soft", "TokenMap", "cut_weight", "rows"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class TokenMap:
     def window(self, lo: int, hi: int, length: Any) -> TokenMap:
         """The same map on rows [lo, length - hi); negative bounds add rows that map to themselves."""
         raise NotImplementedError
+
+    per_sample: ClassVar[bool] = True  # whether samples of a batch lose different rows
+    linear: ClassVar[bool] = True  # whether `reduce` is a matrix
 
     @property
     def restorable(self) -> bool:
@@ -190,8 +193,10 @@ class Represent(Merge):
 class Mlerp(Merge):
     """A Merge that gives each mean the length of the longest row in its group (ToFu, arXiv 2312.01026).
 
-    Not linear in x. A row that nothing is merged into stays as it is.
+    A row that nothing is merged into stays as it is.
     """
+
+    linear = False
 
     def reduce(self, x: Tensor) -> Tensor:
         mean = super().reduce(x)

@@ -31,6 +31,7 @@ class Reduction:
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "persistent"
+    averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
     causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
 
     def default_layers(self, depth: int) -> list[int] | None:

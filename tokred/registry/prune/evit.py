@@ -31,6 +31,7 @@ class EViT(Share):
     fuse: bool = True
 
     needs = ("class_token",)
+    averages = False  # the fused token is a sum
     default_keep = 0.7
 
     def __post_init__(self) -> None:

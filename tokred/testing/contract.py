@@ -1,0 +1,95 @@
+"""The whole contract of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred.registry.method import Reduction
+from tokred.registry.recipe import parse_recipe
+from tokred.testing.maps import check_plans
+from tokred.testing.models import TinyText, TinyViT, check_dynamic, check_model, check_type
+from tokred.testing.sites import places
+
+__all__ = ["check_method", "idle"]
+
+
+def check_method(
+    method: Reduction | type[Reduction] | str, model: nn.Module | None = None, inputs: Sequence[Any] | None = None
+) -> None:
+    """Raise AssertionError, with a sentence that says what is broken, unless the method keeps the contract:
+
+    - with `r=0`, `ratio=0` or `keep=1` nothing is removed, and the compiled model is bitwise the model
+    - `removed(place)` is the number of tokens that the map of `plan(site)` removes
+    - protected rows stay where they are, as they are; `causal_safe` methods keep the others in order, unmixed
+    - the same inputs give the same plan; a sample's plan does not depend on its batch
+    - maps agree with dense matrices in float64: reduce, restore, pull, window; means are means, restored ones too
+    - float32, bfloat16, float64; one sample, several, a dynamic number; padding; earlier merges; finite gradients
+
+    method         a method object, its class (then with default options), or a recipe string of one method
+    model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT and a small
+                   text encoder, for methods that need something these lack
+
+    Clears Dynamo's compiled code (`torch.compiler.reset`).
+    """
+    subject = _one(method)
+    nothing = idle(subject)
+    for place in places(nothing):
+        removed = nothing.removed(place)
+        assert removed == 0, f"{nothing} removes {removed} of {place.tokens} tokens, not 0"
+    acted = check_plans(subject)
+    assert acted or model is not None, f"{subject} removes nothing at any of the sites that it is tried at"
+    if model is not None:
+        run = check_model(subject, nothing, model, tuple(inputs or ()))
+        assert run.applied, f"{subject} does not act in {type(model).__name__}: {run.refusals or 'no site was offered'}"
+        return
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        _check_small_models(subject, nothing)
+    finally:
+        torch.random.set_rng_state(torch_state)
+
+
+def _check_small_models(method: Reduction, nothing: Reduction) -> None:
+    runs = []
+    for model, make in ((TinyViT(), pixels), (TinyText(), words)):
+        runs.append(check_model(method, nothing, model.eval(), make(3)))
+        if runs[-1].applied:
+            check_dynamic(method, model, make)
+            check_type(method, model, make(1), torch.bfloat16)
+            check_type(method, model, make(1), torch.float64)
+    if not any(run.applied for run in runs):
+        refusals = "; ".join(refusal for run in runs for refusal in run.refusals)
+        raise AssertionError(f"{method} acts in neither model: {refusals or 'no site was offered'}")
+
+
+def pixels(batch: int) -> tuple[Tensor, ...]:
+    """Input of TinyViT."""
+    return (torch.randn(batch, 3, 12, 12),)
+
+
+def words(batch: int) -> tuple[Tensor, ...]:
+    """Input of TinyText: every second sample ends in four words of padding."""
+    padding = 4 * (torch.arange(batch) % 2)
+    return torch.randint(0, 50, (batch, 21)), torch.arange(21) < 21 - padding.unsqueeze(1)
+
+
+def idle(method: Reduction) -> Reduction:
+    """The same method with options that remove nothing: `r=0`, `ratio=0` or `keep=1`, whichever it has."""
+    names = {field.name for field in fields(method)}
+    options: dict[str, Any] = {name: None for name in ("keep", "grid") if name in names}
+    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0)):
+        if name in names:
+            return replace(method, **options | {name: value})
+    raise AssertionError(f"{method.name} has no option r, ratio or keep by which it could be told to remove nothing")
+
+
+def _one(method: Reduction | type[Reduction] | str) -> Reduction:
+    recipe = parse_recipe(method() if isinstance(method, type) else method)
+    assert len(recipe.methods) == 1, f"check_method takes one method, not {len(recipe.methods)}: {recipe}"
+    return recipe.methods[0]

@@ -1,0 +1,184 @@
+"""Checks of a method in whole models: two small ones of this file, or the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
+
+from tokred.compiler.options import parse_options
+from tokred.compiler.pipeline import Compiled, transform
+from tokred.registry.method import Reduction
+
+__all__ = ["Run", "TinyText", "TinyViT", "check_model", "compiled"]
+
+WIDTH, HEADS, BLOCKS = 32, 4, 3
+
+
+class Block(nn.Module):
+    """Attention and an MLP, norms first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # [B H N D]
+        attended = scaled_dot_product_attention(q, k, v, mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, WIDTH))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class TinyViT(nn.Module):
+    """A class token and 6 x 6 patches. [B 3 12 12] -> logits [B 5] and tokens [B 37 32]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 2, stride=2)
+        self.first, self.places = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 37, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + self.places
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return {"logits": self.head(x[:, 0]), "tokens": x}
+
+
+class TinyText(nn.Module):
+    """Text with padding, classified by its first token. ids, valid [B 21] -> logits [B 5] and tokens [B 21 32]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, WIDTH), nn.Parameter(torch.randn(1, 21, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        x = self.words(ids) + self.places
+        for block in self.blocks:
+            x = block(x, valid[:, None, None, :])
+        x = self.norm(x)
+        return {"logits": self.head(x[:, 0]), "tokens": x}
+
+
+@dataclass
+class Run:
+    """What tokred did with each graph of a model that `compiled` made, in the order of compilation."""
+
+    graphs: list[Compiled] = field(default_factory=list)
+
+    @property
+    def applied(self) -> list[Any]:
+        return [applied for graph in self.graphs for _, applied in graph.maps]
+
+    @property
+    def refusals(self) -> list[str]:
+        return [f"{b.refusal.code}: {b.refusal.reason}" for g in self.graphs for b in g.report.blocks if b.refusal]
+
+
+def compiled(model: nn.Module, method: Reduction) -> tuple[Callable[..., Any], Run]:
+    """The model with the method in it, run by eager PyTorch, without the exact passes. Forgets what Dynamo compiled."""
+    torch.compiler.reset()
+    run = Run()
+    options = parse_options({"recipe": method, "exact": False, "lower": "eager"})
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        done = transform(gm, inputs, options, lambda stage, graph: None)
+        run.graphs.append(done)
+        return done.graph if done.changed else gm
+
+    return torch.compile(model, backend=backend), run
+
+
+def check_model(method: Reduction, idle: Reduction, model: nn.Module, inputs: tuple[Any, ...]) -> Run:
+    """Nothing removed is bitwise the model; otherwise shapes stay, counts are right, twice is the same, gradients flow."""
+    where = f"{method} in {type(model).__name__}"
+    with torch.no_grad():
+        expected = model(*inputs)
+        function, run = compiled(model, idle)
+        for plain, got in zip(_leaves(expected), _leaves(function(*inputs)), strict=True):
+            assert torch.equal(plain, got), (
+                f"{where}: with nothing removed ({idle}) the output is not bitwise the model's"
+            )
+        assert not run.applied, f"{where}: {idle} must remove nothing, but acts at {_layers(run)}"
+    function, run = compiled(model, method)
+    outputs = _leaves(function(*inputs))
+    for plain, got in zip(_leaves(expected), outputs, strict=True):
+        _same_form(where, plain, got)
+    for one, two in zip(outputs, _leaves(function(*inputs)), strict=True):
+        assert torch.equal(one, two), f"{where}: two runs on the same input differ"
+    _check_counts(where, method, run)
+    _check_gradients(where, model, outputs)
+    return run
+
+
+def check_dynamic(method: Reduction, model: nn.Module, make: Callable[[int], tuple[Tensor, ...]]) -> None:
+    """One graph serves every batch size, and each size gives what a graph of its own would."""
+    function, run = compiled(model, method)
+    with torch.no_grad():
+        for batch in (3, 5):
+            inputs = make(batch)
+            for tensor in inputs:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            outputs = _leaves(function(*inputs))
+            where = f"{method} in {type(model).__name__}, dynamic batch of {batch}"
+            for plain, got in zip(_leaves(model(*inputs)), outputs, strict=True):
+                _same_form(where, plain, got)
+    assert len(run.graphs) == 1, f"{method}: {len(run.graphs)} graphs were compiled for two batch sizes, not one"
+    if not run.applied:
+        raise AssertionError(f"{method}: refused where the batch size is dynamic: {run.refusals}")
+
+
+def check_type(method: Reduction, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """One sample in another floating-point type."""
+    model = model.to(dtype)
+    inputs = tuple(x[:1].to(dtype) if x.is_floating_point() else x[:1] for x in inputs)
+    function, run = compiled(model, method)
+    with torch.no_grad():
+        for plain, got in zip(_leaves(model(*inputs)), _leaves(function(*inputs)), strict=True):
+            _same_form(f"{method} in {type(model).__name__}, one sample, {dtype}", plain, got)
+    assert run.applied, f"{method}: refused in {dtype}: {run.refusals}"
+
+
+def _same_form(where: str, plain: Tensor, got: Tensor) -> None:
+    assert plain.shape == got.shape, f"{where}: the output has shape {list(got.shape)}, the model's {list(plain.shape)}"
+    assert plain.dtype == got.dtype, f"{where}: the output is {got.dtype}, the model's {plain.dtype}"
+    assert got.isfinite().all(), f"{where}: the output is not finite"
+
+
+def _check_counts(where: str, method: Reduction, run: Run) -> None:
+    for applied in run.applied:
+        promised = applied.place.tokens - method.removed(applied.place)
+        assert applied.after == promised, (
+            f"{where}: layer {applied.place.layer} has {applied.after} tokens left, removed() promises {promised}"
+        )
+
+
+def _check_gradients(where: str, model: nn.Module, outputs: list[Tensor]) -> None:
+    loss = sum((value.square().mean() for value in outputs if value.requires_grad), torch.zeros(()))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        assert gradient is None or gradient.isfinite().all(), f"{where}: the gradient of {name} is not finite"
+    assert any(g is not None and g.any() for g in gradients), f"{where}: no parameter has a gradient"
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _layers(run: Run) -> str:
+    return "layers " + ", ".join(str(applied.place.layer) for applied in run.applied)

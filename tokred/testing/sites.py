@@ -1,0 +1,84 @@
+"""Places and sites made of random numbers, of every kind that a method may meet."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from tokred.errors import ArgumentError
+from tokred.registry.method import Reduction
+from tokred.registry.site import Place, Site
+
+__all__ = ["make_site", "places"]
+
+DEPTH = 12
+HEADS, HEAD_DIM, CHANNELS = 4, 8, 24
+
+SHAPES = (
+    {"tokens": 37, "head": 1, "grid": (6, 6)},  # a ViT
+    {"tokens": 35, "head": 0, "grid": (5, 7)},  # no class token, no side even
+    {"tokens": 24, "head": 2, "tail": 1},  # distillation in front, one more behind, 21 others
+    {"tokens": 24, "head": 1},  # text
+)
+
+
+def places(method: Reduction) -> list[Place]:
+    """Where the method would be asked: each shape that has what it needs, at the first and the last of its layers."""
+    layers = [layer for layer in range(DEPTH) if method.acts_on(layer, DEPTH, f"blocks.{layer}.attn")] or [0]
+    found = []
+    for shape in SHAPES:
+        for layer in sorted({layers[0], layers[-1]}):
+            place = Place(layer=layer, depth=DEPTH, **shape)
+            fits = ("class_token" not in method.needs or place.head) and ("grid" not in method.needs or place.grid)
+            if fits and not _refuses(method, place):
+                found.append(place)
+    return found
+
+
+def _refuses(method: Reduction, place: Place) -> bool:
+    try:
+        method.removed(place)
+    except ArgumentError:
+        return True
+    return False
+
+
+def make_site(
+    place: Place,
+    *,
+    batch: int = 3,
+    dtype: torch.dtype = torch.float32,
+    padded: bool = False,
+    sized: bool = False,
+    seed: int = 0,
+) -> Site:
+    """A site at `place` with random tensors; `padded`, the last quarter of odd samples is padding; `sized`, rows stand
+    for one to three tokens each, as after an earlier merge."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tokens, wide = place.tokens, torch.float64 if dtype == torch.float64 else torch.float32
+    valid = mask = size = None
+    if padded:
+        length = torch.tensor([tokens - tokens // 4 * (sample % 2) for sample in range(batch)])
+        valid = torch.arange(tokens) < length.unsqueeze(1)  # [B N]
+        mask = valid[:, None, None, :]
+    if sized:
+        size = torch.randint(1, 4, (batch, tokens), generator=generator).to(wide)
+        size = size if valid is None else size * valid
+    numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
+    heads = (batch, HEADS, tokens, HEAD_DIM)
+    return Site(
+        **numbers,
+        hidden=normal(batch, tokens, CHANNELS),
+        query=normal(*heads),
+        key=normal(*heads),
+        value=normal(*heads),
+        size=size,
+        valid=valid,
+        mask=mask,
+    )
