@@ -21,6 +21,7 @@ def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -30,14 +31,14 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
-    assert "tome(r=13)" in Path("report.html").read_text(encoding="utf-8")
+    assert "tome(r=13" in Path("report.html").read_text(encoding="utf-8")
     assert callable(names["fast"])
 
 
 def test_the_readme_s_option_table_is_complete():
     table = README.split("## Options")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert named == [field.name for field in fields(Options) if field.name != "mode"]
+    assert named == [field.name for field in fields(Options) if field.name not in ("mode", "texts")]
 
 
 def test_the_readme_s_recipes_can_be_read():

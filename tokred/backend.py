@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from tokred.compiler.dump import dump_report, dump_stage
 from tokred.compiler.options import Options, parse_options
 from tokred.compiler.pipeline import compile_graph
 from tokred.compiler.report import GraphReport, Report
@@ -28,16 +31,29 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None =
     """
     parsed = parse_options(options, mode)
     function, report = compile_graph(gm, example_inputs, parsed, _observer(parsed))
+    if parsed.dump is not None:
+        dump_report(_folder(parsed.dump), Report([report]))
     _reports.append(report)
-    log.info("%s", report.model)
+    log.info("%s", Report([report]))
     return function
 
 
 def _observer(options: Options) -> Callable[[str, fx.GraphModule], None]:
+    """What happens after each stage: a log line, and a file if the user asked for a dump."""
+    stages = count()
+
     def observe(stage: str, graph: fx.GraphModule) -> None:
-        log.debug("%s\n%s", stage, graph.code)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("after %s\n%s", stage, graph.print_readable(print_output=False))
+        if options.dump is not None:
+            dump_stage(_folder(options.dump), next(stages), stage, graph)
 
     return observe
+
+
+def _folder(dump: Path) -> Path:
+    """One folder a graph: a model that Dynamo breaks into pieces has several."""
+    return dump / f"graph_{len(_reports):02d}" if len(_reports) else dump
 
 
 def compile(model: Any, recipe: Any = None, *, mode: str | None = None, fullgraph: bool = False, dynamic: bool | None = None, **options: Any) -> Any:

@@ -41,13 +41,13 @@ class Block(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """A class token and 16 patches through four blocks."""
+    """A class token and 16 patches through three blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, 16, 4, stride=4)
         self.cls = nn.Parameter(torch.randn(1, 1, 16))
-        self.blocks = nn.ModuleList(Block(16, 2) for _ in range(4))
+        self.blocks = nn.ModuleList(Block(16, 2) for _ in range(3))
         self.head = nn.Linear(16, 5)
 
     def forward(self, pixels):
@@ -83,8 +83,8 @@ def test_method_and_pass_are_listed():
 def test_the_method_removes_what_it_says_where_it_says(vit, pixels):
     report = tokred.explain(vit, pixels, recipe="every_other()")
     attention = [block for block in report.graphs[0].blocks if block.kind == "attention"]
-    assert [block.tokens for block in attention] == [(17, 17), (17, 17), (17, 9), (9, 9)]
-    assert [block.method is not None for block in attention] == [False, False, True, False]
+    assert len(attention) == 3
+    assert [(block.layer, block.tokens) for block in attention if block.method] == [(1, (17, 9))]
 
 
 def test_the_compiled_model_is_the_one_that_drops_every_other_patch(vit, pixels):
@@ -92,7 +92,7 @@ def test_the_compiled_model_is_the_one_that_drops_every_other_patch(vit, pixels)
         x = vit.patch(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([vit.cls.expand(len(x), -1, -1), x], 1)
         for number, block in enumerate(vit.blocks):
-            if number != 2:
+            if number != 1:
                 x = block(x)
                 continue
             mlp, block.mlp = block.mlp, nn.Identity()  # the cut is after the attention, before the MLP
@@ -121,10 +121,11 @@ def test_the_pass_removes_idle_dropout_and_nothing_else(vit, pixels):
     result = compiled(vit, "")(pixels)
     (graph,) = tokred.reports().graphs
     (entry,) = [each for each in graph.passes if each.name == "drop_idle_dropout"]
-    assert entry.changes == 4
-    assert "dropout" in graph.before
-    assert "aten.dropout" not in graph.after
+    assert entry.changes == 3
     torch.testing.assert_close(result, vit(pixels), rtol=1e-12, atol=1e-12)
+    (told,) = tokred.explain(vit, pixels).graphs
+    assert "aten.dropout" in told.before
+    assert "aten.dropout" not in told.after
 
 
 def test_the_pass_leaves_dropout_that_works(pixels):
@@ -145,6 +146,7 @@ def test_a_bad_argument_is_the_plug_in_s_own_error():
         tokred.Recipe((tokred.methods()["every_other"](ratio=1.5),))
 
 
+@pytest.mark.slow
 def test_the_plug_in_passes_the_contract_test():
     from tokred.testing import check_method
 
@@ -187,7 +189,7 @@ def plug_in(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_broken_plug_in_is_a_warning_that_names_its_distribution(plug_in, vit, pixels, source, target, error):
+def test_a_broken_plug_in_is_a_warning_that_names_its_distribution(plug_in, source, target, error):
     plug_in(source, target)
     with pytest.warns(RuntimeWarning, match=f"'broken' of a-broken-distribution.*{error}") as caught:
         names = set(tokred.methods())
@@ -195,8 +197,14 @@ def test_a_broken_plug_in_is_a_warning_that_names_its_distribution(plug_in, vit,
     assert {"tome", "every_other"} <= names
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once, not at every use
-        tokred.methods()
-        assert torch.equal(compiled(vit, "", exact=False)(pixels), vit(pixels))
+        assert names == set(tokred.methods())
+
+
+def test_the_host_goes_on_without_a_broken_plug_in(plug_in, vit, pixels):
+    plug_in("raise ZeroDivisionError")
+    with pytest.warns(RuntimeWarning, match="a-broken-distribution"):
+        result = compiled(vit, "every_other(ratio=0)", exact=False)(pixels)
+    assert torch.equal(result, vit(pixels))
 
 
 RAISING_PASS = """
@@ -239,5 +247,5 @@ def test_a_method_that_raises_is_a_refusal_and_the_model_still_runs(plug_in, vit
     result = compiled(vit, "raising_method()", exact=False)(pixels)
     torch.testing.assert_close(result, vit(pixels), rtol=1e-12, atol=1e-12)
     refusals = [block.refusal for block in tokred.reports().graphs[0].blocks if block.kind == "attention"]
-    assert len(refusals) == 4
+    assert len(refusals) == 3
     assert all(refusal is not None and "KeyError" in refusal.reason for refusal in refusals)

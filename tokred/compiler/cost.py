@@ -1,16 +1,216 @@
-"""placeholder"""
+"""What the rewrite is worth: FLOPs of graphs and blocks for the report, and whether a site pays, in seconds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import fx
+
+from tokred.compiler.axes import Axes
+from tokred.compiler.blocks import Attention, Blocks, Mlp
+from tokred.compiler.capture import module_path, tensor_meta
+from tokred.compiler.machine import Extent, Machine, method_seconds
+from tokred.compiler.report import Refusal
+from tokred.compiler.suffix import Suffix
+from tokred.compiler.symbolic import Symbols
+from tokred.compiler.work import flops, hint, sizes_now
+from tokred.registry.method import Reduction
+from tokred.registry.site import Place
+
+__all__ = ["Costs", "Gate", "Prediction"]
+
+Key = tuple[str, str]  # module path and user's lines: what a node keeps when it is rewritten
 
 
 class Costs:
-    def __init__(self, captured: Any, final: Any): ...
+    """FLOPs of the captured and of the rewritten graph, whole and by block."""
+
+    def __init__(self, captured: fx.GraphModule, final: fx.GraphModule):
+        self._ledgers = (_ledger(captured), _ledger(final))
+
     def totals(self) -> tuple[int, int]:
-        return (0, 0)
-    def block(self, module: str) -> tuple[int, int]:
-        return (0, 0)
+        before, after = (sum(map(sum, ledger.values())) for ledger in self._ledgers)
+        return before, after
+
+    def block(self, module: str, call: int = 0, calls: int = 1, without: Iterable[fx.Node] = ()) -> tuple[int, int]:
+        """Everything in a module. Of a module that runs `calls` times (shared layers), the run number `call`.
+
+        `without` are nodes that belong to another block of the same module.
+        """
+        other = {_key(node) for node in without}
+        return self._pair(lambda key: _inside(key[0], module) and key not in other, call, calls)
+
+    def nodes(self, nodes: Iterable[fx.Node], call: int = 0, calls: int = 1) -> tuple[int, int]:
+        """These nodes of the captured graph, and what became of them."""
+        keys = {_key(node) for node in nodes}
+        return self._pair(keys.__contains__, call, calls)
+
+    def _pair(self, wanted: Callable[[Key], bool], call: int, calls: int) -> tuple[int, int]:
+        before, after = (
+            sum(_share(counts, call, calls) for key, counts in ledger.items() if wanted(key)) for ledger in self._ledgers
+        )
+        return before, after
+
+
+def _ledger(gm: fx.GraphModule) -> dict[Key, list[int]]:
+    """The FLOPs of every product, in order, by where it came from."""
+    ledger: dict[Key, list[int]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if count := flops(node):
+            ledger[_key(node)].append(int(count))
+    return ledger
+
+
+def _key(node: fx.Node) -> Key:
+    return module_path(node), node.meta.get("stack_trace") or ""
+
+
+def _inside(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(module + ".")
+
+
+def _share(counts: list[int], call: int, calls: int) -> int:
+    """The part of one call; evenly, where the calls cannot be told apart."""
+    if len(counts) % calls:
+        return sum(counts) // calls
+    each = len(counts) // calls
+    return sum(counts[call * each : (call + 1) * each])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds that a site saves downstream, and that it costs: choosing and moving tokens, restoring them for others."""
+
+    saves: float
+    costs: float
+
+    @property
+    def pays(self) -> bool:
+        return self.saves >= self.costs
+
+    def __str__(self) -> str:
+        return f"saves {1e3 * self.saves:.2g} ms, costs {1e3 * self.costs:.2g} ms" + ("" if self.pays else ": does not pay")
 
 
 class Gate:
-    def __init__(self, *a: Any, refuse: bool): ...
-    def __call__(self, *a: Any) -> None:
-        return None
+    """Asked before a method acts at a site: predicts what that is worth on this machine, and may refuse it.
+
+    The prediction is the cost polynomial of all nodes that would run on fewer tokens, at the present number of tokens
+    less at the number left, against what the method, its gathers and its restores cost. `notes` has it in words.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, blocks: Blocks, axes: Axes, *, refuse: bool, machine: Machine | None = None
+    ):
+        self.graph, self.blocks, self.axes = graph, blocks, axes
+        self.refuse, self.machine = refuse, machine
+        self.predictions: dict[Attention, Prediction] = {}
+        self.notes: dict[Attention, str] = {}
+        self._symbols: dict[tuple[int, ...], Symbols] = {}
+
+    def __call__(
+        self, block: Attention, method: Reduction, place: Place, removed: Any, suffix: Suffix
+    ) -> Refusal | None:
+        found = self.predict(block, method, place, removed, suffix)
+        self.predictions[block] = found
+        self.notes[block] = str(found)
+        if found.pays or not self.refuse:
+            return None
+        reason = f"predicted to save {1e3 * found.saves:.2g} ms and cost {1e3 * found.costs:.2g} ms"
+        return Refusal("does-not-pay", reason, f"{block.module} ({block.source})" if block.module else block.source)
+
+    def predict(self, block: Attention, method: Reduction, place: Place, removed: Any, suffix: Suffix) -> Prediction:
+        """What the site saves and costs, in seconds."""
+        if block.axis not in self._symbols:
+            self._symbols[block.axis] = Symbols(self.axes, self.blocks, block.axis)
+        site = _Site(block, method, hint(place.tokens), hint(removed), suffix, self._symbols[block.axis])
+        stream = tensor_meta(block.stream)
+        assert stream is not None
+        machine = self.machine or Machine.of(stream.device)
+        head_dim, heads = sizes_now(block.query)[-1], 1
+        if len(query := sizes_now(block.query)) == 4:
+            heads = query[1]
+        extent = Extent(
+            batch=hint(stream.shape[block.batch_dim]),
+            tokens=site.now,
+            removed=site.removed,
+            channels=hint(stream.shape[-1]),
+            heads=heads,
+            head_dim=head_dim,
+            dtype=stream.dtype,
+        )
+        moved, kernels = site.carried()
+        return Prediction(site.saved(machine), method_seconds(method, extent, machine) + machine.seconds({}, moved, kernels))
+
+
+class _Site:
+    """One cut and what follows from it."""
+
+    def __init__(
+        self, block: Attention, method: Reduction, now: int, removed: int, suffix: Suffix, symbols: Symbols
+    ):
+        self.block, self.now, self.removed, self.suffix, self.symbols = block, now, removed, suffix, symbols
+        self.trip = method.scope == "round_trip"
+        self.cut = block.entry if self.trip else block.stream
+        self.reached = {node for node in suffix.reached if self._before_exit(node)}
+
+    def _before_exit(self, node: fx.Node) -> bool:
+        return not self.trip or self.block.join is None or node < self.block.join
+
+    def saved(self, machine: Machine) -> float:
+        """Seconds that the nodes on the cut axis take now, less what they take on the rows that are left.
+
+        A node whose sizes do not show the axis (it was concatenated or regrouped) is taken to be proportional to it.
+        """
+        shown = {node for node in self.reached if self._shows(node)}
+        total, rest = self.symbols.total(shown), self.symbols.total(self.reached - shown)
+        before, after = total.at(N=self.now), total.at(N=self.now - self.removed)
+        other = rest.at()
+        share = self.removed / self.now
+        seconds = machine.seconds(before.flops, before.moved) - machine.seconds(after.flops, after.moved)
+        return seconds + share * machine.seconds(other.flops, other.moved)
+
+    def _shows(self, node: fx.Node) -> bool:
+        return any(self._has_tokens(n) for n in [node, *node.all_input_nodes])
+
+    def _has_tokens(self, node: fx.Node) -> bool:
+        names = self.symbols.tokens.free_symbols
+        return any(names & getattr(size, "free_symbols", set()) for size in self.symbols.sizes(node))
+
+    def carried(self) -> tuple[float, int]:
+        """Bytes and kernels for values that are brought to another length because of this cut.
+
+        Tokens are restored for ops that need all of them, for the graph's outputs and at the end of a round trip; side
+        inputs (masks, rotary tables, skip connections) are reduced where they meet the shorter stream.
+        """
+        restored: set[fx.Node] = set()
+        for node, _ in self.suffix.obstacles:
+            if self._before_exit(node):
+                restored |= {n for n in node.all_input_nodes if n in self.reached or n is self.cut}
+        if self.trip:
+            restored |= {n for n in self.block.join.all_input_nodes if n in self.reached} if self.block.join else set()
+        else:
+            restored |= {n for n in self._outputs() if n in self.reached and self._has_tokens(n)}
+        shortened = {
+            n
+            for node in self.reached
+            for n in node.all_input_nodes
+            if n is not self.cut and n not in self.suffix.reached and self._has_tokens(n)
+        }
+        touched = restored | shortened
+        return sum(2.0 * self._bytes(node) for node in touched), len(touched)
+
+    def _outputs(self) -> list[fx.Node]:
+        node = next(iter(self.reached), None)
+        return [] if node is None else list(node.graph.output_node().all_input_nodes)
+
+    def _bytes(self, node: fx.Node) -> int:
+        total = 1
+        meta = tensor_meta(node)
+        for size in sizes_now(node):
+            total *= size
+        return 0 if meta is None else total * meta.element_size()

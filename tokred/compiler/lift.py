@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokred.compiler.capture import source_line, tensor_meta, trace_into
+from tokred.compiler.capture import source_line, tensor_meta
+from tokred.compiler.record import record
 from tokred.compiler.relations import Kind, Link, Op, Window, flow_of
 from tokred.compiler.residual import residual_of
 from tokred.compiler.staging import (
@@ -444,7 +445,7 @@ class Lift:
             if window.out is None:
                 node = self.emit(lambda x, d=dim, i=start: x.select(d, i), value.node)
             else:
-                node = self.emit(lambda x, d=dim, a=start, b=stop: x.narrow(d, a, b - a), value.node)
+                node = self.emit(lambda x, d=dim, a=start, b=stop: aten.slice(x, d, a, b), value.node)
             results.append(self._checked(op, node, [step.outs[result]], result))
         return results if len(op.results) > 1 or isinstance(op.node.meta["val"], (list, tuple)) else results[0]
 
@@ -518,7 +519,7 @@ class Lift:
             raise ShapeMismatch(f"{op.node.name}: predicted {predicted}, got {real} ({source_line(op.node)})")
 
     def emit(self, function: Any, *args: Any) -> Any:
-        return trace_into(self.graph, function, args)
+        return record(self.graph, function, args)
 
     # -- cuts ---------------------------------------------------------------------------------------------------------
 
@@ -537,8 +538,8 @@ class Lift:
         for consumer in consumers or []:
             self.redirect[node, consumer] = made
 
-    def finish(self, *, full: bool) -> fx.GraphModule:
-        """Append the output, restored unless the caller asked for reduced tokens."""
+    def finish(self, *, full: bool, extra: tuple[fx.Node, ...] = ()) -> fx.GraphModule:
+        """Append the output, restored unless the caller asked for reduced tokens; `extra` nodes are returned behind it."""
         output = self.source.graph.output_node()
 
         def final(node: fx.Node) -> Any:
@@ -547,7 +548,7 @@ class Lift:
                 value = self.restore(value)
             return self._node(value)
 
-        self.graph.output(fx.map_arg(output.args[0], final))
+        self.graph.output((*fx.map_arg(output.args[0], final), *extra))
         module = fx.GraphModule(self.source, self.graph)
         self.graph.eliminate_dead_code()
         module.recompile()

@@ -30,6 +30,7 @@ class Options:
     dump: Path | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
+    texts: bool = False  # whether the report carries both graphs as text (explain and dump ask for it)
 
 
 def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Options:
@@ -38,7 +39,7 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Op
     Raises OptionError for an unknown option or a value of the wrong kind, RecipeError for a recipe that cannot be read.
     """
     given = dict(options or {})
-    known = [f.name for f in fields(Options) if f.name != "mode"]
+    known = [f.name for f in fields(Options) if f.name not in ("mode", "texts")]
     for name in given:
         if name not in known:
             raise OptionError(f"tokred has no option {name!r}.{nearest(str(name), known)}")
@@ -55,5 +56,6 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Op
         given["passes"] = chosen
     if given.get("dump") is not None:
         given["dump"] = Path(given["dump"])
+    given["texts"] = given.get("dump") is not None
     given["recipe"] = parse_recipe(given.get("recipe"))
     return Options(**given, mode=mode)

@@ -14,10 +14,12 @@ from tokred.backends import lower
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Blocks, find_blocks, renumber
 from tokred.compiler.capture import CaptureFailed, capture
+from tokred.compiler.cost import Gate
 from tokred.compiler.options import Options
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.summary import model_name, summarize
-from tokred.errors import StrictError
+from tokred.compiler.verify import verified
+from tokred.errors import StrictError, TokredError
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
@@ -28,59 +30,90 @@ Observer = Callable[[str, fx.GraphModule], None]
 
 @dataclass
 class Compiled:
-    """A transformed graph, its report, and the token maps in it."""
+    """A transformed graph, its report, and the sites that acted."""
 
     graph: fx.GraphModule
     report: GraphReport
     changed: bool = False
-    maps: list[Any] = field(default_factory=list)
+    applied: list[Any] = field(default_factory=list)  # the sites that acted, in order
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer) -> tuple[Callable[..., Any], GraphReport]:
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer
+) -> tuple[Callable[..., Any], GraphReport]:
     """transform, then lower. A graph that nothing changed is lowered as Dynamo made it."""
-    done = transform(gm, example_inputs, options, observe)
+    stages: list[tuple[str, fx.GraphModule]] = []
+
+    def keep(stage: str, graph: fx.GraphModule) -> None:
+        stages.append((stage, graph))
+        observe(stage, graph)
+
+    done = transform(gm, example_inputs, options, keep if options.verify else observe)
     graph = done.graph if done.changed else gm
-    return lower(graph, example_inputs, options.lower, mode=options.mode, patches=options.inductor), done.report
+    compiled = lower(graph, example_inputs, options.lower, mode=options.mode, patches=options.inductor)
+    return (verified(compiled, stages, done.report) if options.verify else compiled), done.report
 
 
-def transform(gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer) -> Compiled:
-    """capture -> exact passes -> analyse -> reduce -> report."""
+def transform(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer, *, trace: bool = False
+) -> Compiled:
+    """The stages up to lowering. What tokred cannot do is never the user's problem: the graph is returned unchanged.
+
+    With `trace` the graph also returns, behind its own results, where each site put its tokens (see reduce_tokens).
+    """
+    report = GraphReport(model=model_name(gm))
+    try:
+        return _transform(gm, example_inputs, options, observe, report, trace)
+    except (CaptureFailed, TokredError) as error:
+        if isinstance(error, TokredError):
+            raise
+        report.notes.append(f"not captured, compiled unchanged: {error}")
+    except Exception as error:
+        if options.strict:
+            raise
+        log.debug("the analysis failed", exc_info=True)
+        report.notes.append(f"not analysed, compiled unchanged: {type(error).__name__}: {error}")
+    log.warning("%s: %s", report.model, report.notes[-1])
+    return Compiled(gm, report)
+
+
+def _transform(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer, report: GraphReport, trace: bool
+) -> Compiled:
     from tokred.passes import exact_passes
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.reduce_tokens import reduce_tokens
 
-    report = GraphReport(model=model_name(gm))
     observe("dynamo", gm)
-    try:
-        captured = expand_encoder_layer(capture(gm, example_inputs))
-    except CaptureFailed as error:
-        report.notes.append(f"not captured, compiled unchanged: {error}")
-        log.warning("%s: %s", report.model, report.notes[-1])
-        return Compiled(gm, report)
+    captured = expand_encoder_layer(capture(gm, example_inputs))
     observe("captured", captured)
+    axes = Axes(captured.graph)
+    original = find_blocks(captured, axes)  # what the report lists: the model as the user wrote it
+
     graph = captured
-    report.before = graph.print_readable(print_output=False)
-    axes = Axes(graph.graph)
-    original = find_blocks(graph, axes)
     for name, exact, run in exact_passes(options):
         graph = _timed(name, exact, run, graph, report)
         observe(name, graph)
     graph = _plugins("exact", options, graph, report, observe)
+
     axes = Axes(graph.graph) if graph is not captured else axes
     blocks = renumber(find_blocks(graph, axes), original) if graph is not captured else original
     started = time.perf_counter()
-    gate = _gate(options, graph, blocks, axes)
-    reduced = reduce_tokens(graph, blocks, axes, options.recipe, full=options.outputs == "full", gate=gate)
+    gate = Gate(graph, blocks, axes, refuse=options.gate)
+    full = options.outputs == "full"
+    reduced = reduce_tokens(graph, blocks, axes, options.recipe, full=full, gate=gate, trace=trace)
     if options.recipe.methods:
         report.passes.append(PassReport("reduce_tokens", False, len(reduced.applied), time.perf_counter() - started))
         observe("reduce_tokens", reduced.graph)
-    graph = reduced.graph
-    for stage in ("reduce", "cleanup"):
-        graph = _plugins(stage, options, graph, report, observe)
+    graph = _plugins("reduce", options, reduced.graph, report, observe)
+    graph = _plugins("cleanup", options, graph, report, observe)
+
     summarize(report, captured, original, blocks, axes, reduced, graph)
+    if options.texts:
+        report.before = captured.print_readable(print_output=False)
+        report.after = graph.print_readable(print_output=False)
     _enforce(options, report)
-    report.after = graph.print_readable(print_output=False)
-    return Compiled(graph, report, changed=graph is not captured, maps=list(reduced.applied.items()))
+    return Compiled(graph, report, changed=graph is not captured, applied=list(reduced.applied.values()))
 
 
 def _plugins(stage: str, options: Options, graph: fx.GraphModule, report: GraphReport, observe: Observer) -> fx.GraphModule:
@@ -117,12 +150,6 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
         entry.seconds = time.perf_counter() - started
     entry.changes = len(lines)
     return result
-
-
-def _gate(options: Options, graph: fx.GraphModule, blocks: Blocks, axes: Axes) -> Any:
-    from tokred.compiler.cost import Gate
-
-    return Gate(graph, blocks, axes, refuse=options.gate)
 
 
 def _enforce(options: Options, report: GraphReport) -> None:

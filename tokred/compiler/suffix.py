@@ -10,13 +10,18 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
+from tokred.compiler.axes import Axes, Dim
+from tokred.compiler.blocks import is_parameter
 from tokred.compiler.capture import tensor_meta
-from tokred.compiler.relations import Op
+from tokred.compiler.relations import Op, Window, flow_of
 from tokred.compiler.staging import Batch, Layout, Obstacle, Probe, Rows, Stage, advance, rows_of
 
-__all__ = ["Suffix", "follow"]
+__all__ = ["Special", "Suffix", "follow", "special_rows"]
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -63,35 +68,71 @@ def follow(
     return suffix
 
 
-def special_rows(node: fx.Node, token_dim: int, axes: Any, is_parameter: Any) -> tuple[int, int, tuple[int, int] | None]:
-    """Learned tokens in front of and behind the patches, and the patches' grid, from the concatenation that made the axis."""
+@dataclass(frozen=True)
+class Special:
+    """Learned tokens in front of and behind the patches, and the patches' rows and columns if they show."""
+
+    head: int = 0
+    tail: int = 0
+    grid: tuple[int, int] | None = None
+
+
+def special_rows(node: fx.Node, token_dim: int, axes: Axes) -> Special:
+    """What was concatenated to the patches when the token axis of `node` was made, directly or in several steps."""
     tokens = axes.of(node)[token_dim]
-    import torch
-
-    grid = tuple(atom.size for atom in tokens) if len(tokens) == 2 else None
-    for cat in node.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
-        if not cat < node or not axes.knows(cat):
-            continue
-        op = Op(cat)
-        along = int(op.number("dim")) % len(op.out_shape())
-        if axes.of(cat)[along] != tokens:
-            continue
-        parts = [(part, part.meta["val"].shape[along], axes.of(part)[along]) for _, _, part in op.tensors() if axes.knows(part)]
-        learned = [_only_parameters(part, is_parameter) for part, _, _ in parts]
-        if not any(learned) or all(learned):
-            continue
-        first, last = learned.index(False), len(learned) - 1 - learned[::-1].index(False)
-        head = sum(size for _, size, _ in parts[:first])
-        tail = sum(size for _, size, _ in parts[last + 1 :])
-        middle = parts[first][2]
-        inner = tuple(atom.size for atom in middle) if first == last and len(middle) == 2 else None
-        if isinstance(head, int) and isinstance(tail, int):
-            return head, tail, inner if inner and all(isinstance(s, int) for s in inner) else None
-    valid = grid if grid and all(isinstance(s, int) for s in grid) else None
-    return 0, 0, valid  # type: ignore[return-value]
+    for cat in node.graph.find_nodes(op="call_function", target=aten.cat.default):
+        if cat < node and axes.knows(cat):
+            op = Op(cat)
+            along = int(op.number("dim")) % len(op.out_shape())
+            if axes.of(cat)[along] == tokens:
+                found = _concatenated(op, along, axes)
+                if found is not None:
+                    return found
+    return Special(grid=_grid(tokens))
 
 
-def _only_parameters(node: fx.Node, is_parameter: Any) -> bool:
+def _concatenated(op: Op, along: int, axes: Axes) -> Special | None:
+    parts = [part for _, _, part in op.tensors() if axes.knows(part) and len(axes.of(part)) == len(op.out_shape())]
+    fixed = [_only_parameters(part) or _special_piece(part, along, axes) for part in parts]
+    sizes = [part.meta["val"].shape[along] for part in parts]
+    if not any(fixed) or all(fixed):
+        return None
+    first, last = fixed.index(False), len(fixed) - 1 - fixed[::-1].index(False)
+    head, tail = sum(sizes[:first]), sum(sizes[last + 1 :])
+    if not isinstance(head, int) or not isinstance(tail, int):
+        return None
+    middle = parts[first]
+    grid = _grid(axes.of(middle)[along]) if first == last else None
+    if grid is None and first == last and (whole := _sliced(middle, along)) is not None:
+        inner = special_rows(whole[0], along, axes)
+        grid = inner.grid if whole[1] == inner.head else None
+    return Special(head, tail, grid)
+
+
+def _special_piece(part: fx.Node, along: int, axes: Axes) -> bool:
+    """The class token taken off an axis, to be put in front of another one."""
+    whole = _sliced(part, along)
+    return whole is not None and whole[1] == 0 and 0 < whole[2] <= special_rows(whole[0], along, axes).head
+
+
+def _sliced(node: fx.Node, along: int) -> tuple[fx.Node, int, int] | None:
+    """(x, start, stop) if `node` is x[start:stop] along this dimension, with constant bounds."""
+    if node.target is not aten.slice.Tensor:
+        return None
+    op = Op(node)
+    for relation in flow_of(op) or []:
+        if isinstance(relation, Window) and relation.source.dim == along:
+            if isinstance(relation.start, int) and isinstance(relation.stop, int):
+                return op.operand("self"), relation.start, relation.stop
+    return None
+
+
+def _grid(tokens: Dim) -> tuple[int, int] | None:
+    sizes = [atom.size for atom in tokens]
+    return (sizes[0], sizes[1]) if len(sizes) == 2 and all(isinstance(size, int) for size in sizes) else None
+
+
+def _only_parameters(node: fx.Node) -> bool:
     """Whether a value is computed from parameters and constants alone."""
     queue, seen = [node], {node}
     while queue:

@@ -6,7 +6,9 @@ from typing import Any
 
 import networkx as nx
 
+from tokred.passes.canonical_attention import canonical_attention
 from tokred.passes.drop_dead_tokens import drop_dead_tokens
+from tokred.passes.shield_softmax import shield_softmax
 from tokred.registry.register import passes
 
 __all__ = ["exact_passes", "plugin_passes"]
@@ -16,9 +18,12 @@ Pass = tuple[str, bool, Any]
 
 def exact_passes(options: Any) -> list[Pass]:
     """Same numbers, less work. On by default."""
-    if not options.exact:
-        return []
-    return [("drop_dead_tokens", True, drop_dead_tokens)]
+    chosen: list[Pass] = []
+    if options.exact:
+        chosen += [("canonical_attention", True, canonical_attention), ("drop_dead_tokens", True, drop_dead_tokens)]
+    if options.lower == "inductor":
+        chosen.append(("shield_softmax", True, shield_softmax))
+    return chosen
 
 
 def plugin_passes(stage: str, options: Any) -> list[Pass]:

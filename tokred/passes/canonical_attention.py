@@ -15,7 +15,7 @@ from tokred.compiler.capture import module_path, source_line, tensor_meta, trace
 from tokred.compiler.relations import same
 from tokred.compiler.report import Refusal
 from tokred.passes.constants import can_hold_minus_infinity, constant_tensor
-from tokred.passes.graph_edit import copy_graph, erase_unused, inherit, refresh
+from tokred.passes.graph_edit import copy_graph, erase_unused, inherit, keep_output_strides, refresh
 from tokred.passes.group_heads import group_heads
 from tokred.passes.indices import Dim, Layout, arrange, flat, leaves, resolve, same_shape, size_of, spread
 from tokred.passes.match_attention import SOFTMAX, Filled, Match, Surroundings, match_attention
@@ -47,6 +47,7 @@ def canonical_attention(gm: fx.GraphModule, lines: list[str]) -> fx.GraphModule:
         return gm
     erase_unused(graph, unused)
     refresh(graph, replaced.values())
+    keep_output_strides(new, gm)
     graph.lint()
     new.recompile()
     return new

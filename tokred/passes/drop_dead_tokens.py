@@ -23,6 +23,8 @@ from tokred.registry.ends import Ends
 
 __all__ = ["drop_dead_tokens"]
 
+aten = torch.ops.aten
+
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 Demand = tuple[int, int]  # rows read at the front and at the back
@@ -149,8 +151,8 @@ def _narrow(lift: Lift, node: fx.Node, dim: int, demand: Demand, axes: Axes, sta
     head, tail, d = stage.map.head, stage.map.tail, slot.dim
 
     def ends_of(x: torch.Tensor) -> torch.Tensor:
-        parts = [x.narrow(d, 0, head)] if head else []
-        parts += [x.narrow(d, x.shape[d] - tail, tail)] if tail else []
+        parts = [aten.slice(x, d, 0, head)] if head else []
+        parts += [aten.slice(x, d, length - tail)] if tail else []
         return torch.cat(parts, d) if len(parts) > 1 else parts[0]
 
     lift.redirect[source, node] = Value(lift.emit(ends_of, value.node), {d: (Rows(stage),)}, value.origin)

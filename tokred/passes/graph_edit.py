@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.capture import tensor_meta, trace_into
 from tokred.passes.indices import same_shape
 
-__all__ = ["copy_graph", "erase_unused", "inherit", "refresh"]
+__all__ = ["copy_graph", "erase_unused", "inherit", "keep_output_strides", "refresh"]
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def refresh(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
     """Bring metadata up to date after `changed` nodes got other strides, and views that these forbid to `reshape`."""
     stale = set(changed)
     mode = detect_fake_mode([node.meta["val"] for node in stale])
-    with torch.no_grad(), torch._dispatch.python.enable_python_dispatcher(), mode or nullcontext():
+    with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext():
         for node in graph.nodes:
             meta = tensor_meta(node)
             if meta is None or stale.isdisjoint(node.all_input_nodes) or not isinstance(node.target, torch._ops.OpOverload):
@@ -63,6 +64,28 @@ def refresh(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
                 continue
             node.meta["val"] = now
             stale.add(node)
+
+
+def keep_output_strides(gm: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Outputs are laid out as the original's: the caller may `view` them."""
+    output, before = gm.graph.output_node(), original.graph.output_node()
+    for node, old in zip(output.all_input_nodes, before.all_input_nodes, strict=True):
+        now, was = tensor_meta(node), tensor_meta(old)
+        if now is None or was is None or same_shape(now.stride(), was.stride()) or node.op == "placeholder":
+            continue
+        if not all(isinstance(size, int) for size in (*was.stride(), *now.stride())):
+            order = list(range(was.dim()))  # symbolic strides cannot be sorted; contiguous is what nearly all outputs are
+        else:
+            order = sorted(range(was.dim()), key=lambda d: (-was.stride(d), d))
+        with gm.graph.inserting_before(output):
+            new = trace_into(gm.graph, lambda x, order=order: _ordered(x, order), (node,))
+        output.replace_input_with(node, new)
+
+
+def _ordered(x: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """A copy whose dimensions lie in memory in this order, outermost first."""
+    inverse = [order.index(d) for d in range(len(order))]
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def _recompute(node: fx.Node) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Attention, Blocks, is_parameter
+from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
@@ -51,8 +51,13 @@ class Reduced:
 Gate = Callable[[Attention, Reduction, Place, Any, Suffix], Refusal | None]
 
 
-def reduce_tokens(gm: fx.GraphModule, blocks: Blocks, axes: Axes, recipe: Recipe, *, full: bool, gate: Gate) -> Reduced:
+def reduce_tokens(
+    gm: fx.GraphModule, blocks: Blocks, axes: Axes, recipe: Recipe, *, full: bool, gate: Gate, trace: bool = False
+) -> Reduced:
     """Apply `recipe` to every site that admits it.
+
+    full    restore the tokens of what the graph returns
+    trace   return, behind the graph's own results, [B N] for each site that acted: the row that each token went to
 
     A site whose method or rewrite raises is refused with that reason and the graph is lifted again without it, so the
     model always runs. Returns the captured graph itself where nothing acts.
@@ -61,7 +66,7 @@ def reduce_tokens(gm: fx.GraphModule, blocks: Blocks, axes: Axes, recipe: Recipe
     while True:
         run = _Run(gm, axes, recipe, gate, barred)
         try:
-            reduced = run.go(blocks, full=full)
+            reduced = run.go(blocks, full=full, trace=trace)
         except _SiteFailed as failure:
             barred[failure.block, failure.method.name] = failure.refusal
             continue
@@ -83,7 +88,7 @@ class _Run:
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
 
-    def go(self, blocks: Blocks, *, full: bool) -> Reduced:
+    def go(self, blocks: Blocks, *, full: bool, trace: bool) -> Reduced:
         after = {b.stream: b for b in blocks.attentions if b.stream is not None}
         before = {b.entry: b for b in blocks.attentions if b.entry is not None}
         for node in self.gm.graph.nodes:
@@ -94,7 +99,8 @@ class _Run:
                 self._try(after[node], "persistent")
         for block in blocks.attentions:
             self._explain_rest(block)
-        self.reduced.graph = self._guarded(lambda: self.lift.finish(full=full))
+        groups = tuple(self._groups(applied.stage) for applied in self.reduced.applied.values()) if trace else ()
+        self.reduced.graph = self._guarded(lambda: self.lift.finish(full=full, extra=groups))
         self.reduced.restored = self.lift.restored
         self.reduced.lengths = self._lengths()
         return self.reduced
@@ -159,7 +165,8 @@ class _Run:
         return None
 
     def _place(self, block: Attention, node: fx.Node, value: Any, suffix: Suffix) -> Place:
-        head, tail, grid = special_rows(node, block.token_dim, self.axes, is_parameter)
+        special = special_rows(node, block.token_dim, self.axes)
+        head, tail, grid = special.head, special.tail, special.grid
         rows = _rows(value, block.token_dim)
         length = value.shape[block.token_dim]
         head, tail = max(head, suffix.head), max(tail, suffix.tail)
@@ -282,6 +289,12 @@ class _Run:
             size = self.lift.emit(lambda m, s: m.pull(s), token_map, parent.size)
         prop = token_map.prop_attn or (parent.prop_attn and size is not None)
         return Stage(length, parent, token_map, head, tail, size, prop, exits)
+
+    def _groups(self, stage: Stage) -> fx.Node:
+        assert stage.parent is not None
+        length = stage.parent.length
+        node: fx.Node = self.lift.emit(lambda m: m.groups(length), stage.map)
+        return node
 
     def _lengths(self) -> dict[fx.Node, dict[int, Any]]:
         lengths = {}

@@ -143,8 +143,9 @@ class Merge(TokenMap):
         """The mean of each group, weighted by `size` [B N] (ToMe, section 3), and the sizes that result."""
         kept, gone = size.gather(1, keep), size.gather(1, src)
         total = kept.scatter_add(1, into, gone)
-        divisor = total.clamp(min=1e-6)  # a group made only of padding has size 0 and no say anywhere
-        return Merge(keep, src, into, kept / divisor, gone / divisor.gather(1, into), total, prop_attn)
+        divisor = total.clamp(min=1e-6)
+        weight = torch.where(total > 0, kept / divisor, 1.0)  # a group made only of padding stays what it is
+        return Merge(keep, src, into, weight, gone / divisor.gather(1, into), total, prop_attn)
 
     def reduce(self, x: Tensor) -> Tensor:
         kept = rows(x, self.keep) * self.keep_weight.unsqueeze(-1)  # half precision is summed in float32

@@ -28,7 +28,10 @@ def check_plan(method: Reduction, site: Site) -> TokenMap:
     again = method.plan(site)
     for old, now in zip(before, _tensors(site), strict=True):
         assert torch.equal(old, now), f"{where}: plan() changed one of its inputs in place"
-    for first, second in zip(tree_leaves(token_map), tree_leaves(again), strict=True):
+    leaves = tree_leaves(token_map)
+    kind = type(token_map).__name__
+    assert leaves[0] is not token_map, f"{where}: a {kind} is no pytree; register it, as tokred/registry/maps.py does"
+    for first, second in zip(leaves, tree_leaves(again), strict=True):
         same = torch.equal(first, second) if isinstance(first, Tensor) else first == second
         assert same, f"{where}: two plans from the same inputs differ; use no random state"
     hidden = site.hidden.clone().requires_grad_()
@@ -76,7 +79,7 @@ def check_map(token_map: TokenMap, site: Site, *, averages: bool = True, where: 
 
 
 def check_plans(method: Reduction) -> int:
-    """check_plan and check_map at all kinds of sites, in three types, for one sample and several. How many removed some."""
+    """check_plan and check_map at all kinds of sites, in three types, for one sample and several; how many sites."""
     acted = 0
     for place in places(method):
         if not method.removed(place):

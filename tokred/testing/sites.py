@@ -25,24 +25,27 @@ SHAPES = (
 
 
 def places(method: Reduction) -> list[Place]:
-    """Where the method would be asked: each shape that has what it needs, at the first and the last of its layers."""
+    """Where the method would be asked: each shape that has what it needs, at the first and the last layer of those at
+    which it removes something, or else at the first."""
     layers = [layer for layer in range(DEPTH) if method.acts_on(layer, DEPTH, f"blocks.{layer}.attn")] or [0]
     found = []
     for shape in SHAPES:
-        for layer in sorted({layers[0], layers[-1]}):
-            place = Place(layer=layer, depth=DEPTH, **shape)
-            fits = ("class_token" not in method.needs or place.head) and ("grid" not in method.needs or place.grid)
-            if fits and not _refuses(method, place):
-                found.append(place)
+        tried = [Place(layer=layer, depth=DEPTH, **shape) for layer in layers]
+        tried = [place for place in tried if _fits(method, place)]
+        acting = [place for place in tried if method.removed(place)] or tried[:1]
+        found += acting[:1] + acting[1:][-1:]
     return found
 
 
-def _refuses(method: Reduction, place: Place) -> bool:
+def _fits(method: Reduction, place: Place) -> bool:
+    """Whether a method that needs this much is asked here, and does not refuse."""
+    if ("class_token" in method.needs and not place.head) or ("grid" in method.needs and place.grid is None):
+        return False
     try:
         method.removed(place)
     except ArgumentError:
-        return True
-    return False
+        return False
+    return True
 
 
 def make_site(

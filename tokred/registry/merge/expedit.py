@@ -89,6 +89,8 @@ class Expedit(Reduction):
         far = ~self.near(site.grid, cells, x.device)  # [N' K]
         for _ in range(self.iterations):
             share = self.likeness(x, centres).masked_fill(far, -torch.inf).softmax(-1).transpose(1, 2)  # [B K N']
+            if site.valid is not None:  # padding has no say
+                share = share * site.valid[:, site.head : site.tokens - site.tail].unsqueeze(1)
             matrix = share / share.sum(-1, keepdim=True).clamp(min=1e-16)
             centres = matrix @ x
         likeness = self.likeness(x, centres)  # [B N' K]
