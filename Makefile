@@ -3,6 +3,7 @@
 #   make demo        train nothing, download no model: the digits ViT under every method, with a table at the end
 #   make test        every test                      make check   ruff and mypy
 #   make test-fast   the tests not marked slow       make zoo     regenerate the table of real architectures
+#   make bench       measure and write benchmarks/RESULTS.md; ARGS= reaches every target's command
 #
 # PyPI's torch for Linux carries CUDA; a smaller CPU build does as well:  make test TORCH=path/or/url/of/a/cpu/wheel
 
@@ -45,7 +46,7 @@ zoo: $(VENV)/.test
 	$(BIN)/python -m tests.zoo.table --update $(ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/tokred bench $(ARGS)
+	$(BIN)/python -m benchmarks.results $(or $(ARGS),--run all)
 
 setup: $(VENV)/.demo $(VENV)/.test $(VENV)/.check
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import describe
-from tokred.compiler.machine import Machine, method_seconds
+from tokred.compiler.machine import Extent, Machine, method_seconds
 from tokred.registry.recipe import parse_recipe
-from tokred.registry.site import Place, Site
+from tokred.registry.site import Site
 
 WIDTH, HEADS, R = 384, 6, 13
 
@@ -83,7 +83,7 @@ def kernel(seconds: float) -> float:
 
         return torch.compile(function, dynamic=False)
 
-    x, weight = torch.randn(8, 64, 64), torch.randn(8, 64, 64) / 8
+    x, weight = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
     short, long = chain(4), chain(20)
     spent = fastest(lambda: long(x, weight), seconds) - fastest(lambda: short(x, weight), seconds)
     return spent / 32
@@ -113,8 +113,8 @@ def sites(seconds: float, machine: Machine) -> list[str]:
             spent = fastest(lambda: ours(hidden, key, size), seconds) - fastest(
                 lambda: slice_(hidden, key, size), seconds
             )
-            place = Place(layer=0, depth=12, tokens=tokens, head=1)
-            guess = method_seconds(method, place, R, batch, WIDTH, HEADS, WIDTH // HEADS, hidden.dtype, machine)
+            extent = Extent(batch, tokens, R, WIDTH, HEADS, WIDTH // HEADS)
+            guess = method_seconds(method, extent, machine)
             lines.append(f"batch {batch}, {tokens:3d} tokens: {1e6 * spent:6.0f} us, estimated {1e6 * guess:6.0f} us")
     return lines
 

@@ -9,9 +9,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import tokred
 from tests.compiler.reports import full_report
 from tokred.compiler.dump import dump_report, dump_stage, graph_to_networkx, readable
 from tokred.compiler.flow import flow_dot, flow_svg, shape_text
+from tokred.demo.model import DigitViT
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -146,3 +148,17 @@ def test_a_dumped_stage_does_not_change_the_graph(traced, tmp_path):
     before = traced.code
     dump_stage(tmp_path, 0, "x", traced)
     assert traced.code == before
+
+
+def test_the_option_dumps_every_stage_and_the_report(tmp_path):
+    model, pixels = DigitViT().eval(), torch.randn(2, 1, 32, 32)
+    torch._dynamo.reset()
+    tokred.reset()
+    options = {"recipe": "tome(r=4, layers=[1])", "lower": "eager", "exact": False, "dump": str(tmp_path)}
+    torch.compile(model, backend="tokred", options=options)(pixels)
+    stages = sorted(path.stem for path in tmp_path.glob("*.graphml"))
+    assert stages == ["00_dynamo", "01_captured", "02_reduce_tokens"]
+    assert "f32[2, 61, " in (tmp_path / "02_reduce_tokens.py").read_text(encoding="utf-8")
+    assert "f32[2, 61, " not in (tmp_path / "01_captured.py").read_text(encoding="utf-8")
+    (graph,) = json.loads((tmp_path / "report.json").read_text())["graphs"]
+    assert [block["tokens"] for block in graph["blocks"] if block["method"]] == [[65, 61]]

@@ -12,7 +12,7 @@ import torch
 
 from tests.compiler.reports import GRID, full_report, picture
 from tokred.compiler.picture import figures
-from tokred.compiler.report import GraphReport, Report
+from tokred.compiler.report import GraphReport, Report, TokenPicture
 from tokred.compiler.text import flops_text, report_text, saving_text
 
 
@@ -179,3 +179,18 @@ def test_tail_tokens_are_no_patches():
     one = picture(0, "tome(r=5)", GRID)
     one.groups, one.protected = [0, *range(1, 17), 17, 18], (1, 2)
     assert [int(group) for _, group, _, _ in cells(figures(GraphReport("vit", pictures=[one]), "g"))] == [*range(1, 17)]
+
+
+def edges(groups, grid):
+    shown = figures(GraphReport("vit", pictures=[TokenPicture(0, "tome(r=1)", groups, (0, 0), grid)]), "g")
+    return sorted(re.findall(r"M\d+ \d+[vh]1", re.search(r'class="edge" d="([^"]*)"', shown)[1]))
+
+
+def test_the_outline_goes_around_merged_groups_only():
+    assert edges([0, 1, 2, 3], (2, 2)) == []
+    assert edges([0, 1, -1, -1], (2, 2)) == []
+    pair = ["M0 0h1", "M0 0v1", "M0 1h1", "M1 0h1", "M1 1h1", "M2 0v1"]  # no line between the two
+    assert edges([0, 0, 1, 2], (2, 2)) == pair
+    assert edges([0, 1, 2, 0], (2, 2)) == sorted(
+        ["M0 0v1", "M1 0v1", "M0 0h1", "M0 1h1", "M1 1v1", "M2 1v1", "M1 1h1", "M1 2h1"]
+    )

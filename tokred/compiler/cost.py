@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Attention, Blocks, Mlp
+from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.capture import module_path, tensor_meta
 from tokred.compiler.machine import Extent, Machine, method_seconds
 from tokred.compiler.report import Refusal
@@ -24,17 +24,20 @@ from tokred.registry.site import Place
 __all__ = ["Costs", "Gate", "Prediction"]
 
 Key = tuple[str, str]  # module path and user's lines: what a node keeps when it is rewritten
+Ledger = dict[Key, list[tuple[fx.Node, int]]]
 
 
 class Costs:
-    """FLOPs of the captured and of the rewritten graph, whole and by block."""
+    """FLOPs of the captured and of the rewritten graph, whole and by block.
+
+    The nodes of the two graphs are told by where they came from: the rewrite keeps module and source lines.
+    """
 
     def __init__(self, captured: fx.GraphModule, final: fx.GraphModule):
         self._ledgers = (_ledger(captured), _ledger(final))
 
     def totals(self) -> tuple[int, int]:
-        before, after = (sum(map(sum, ledger.values())) for ledger in self._ledgers)
-        return before, after
+        return self._pair(lambda key: True, 0, 1)
 
     def block(self, module: str, call: int = 0, calls: int = 1, without: Iterable[fx.Node] = ()) -> tuple[int, int]:
         """Everything in a module. Of a module that runs `calls` times (shared layers), the run number `call`.
@@ -44,24 +47,36 @@ class Costs:
         other = {_key(node) for node in without}
         return self._pair(lambda key: _inside(key[0], module) and key not in other, call, calls)
 
-    def nodes(self, nodes: Iterable[fx.Node], call: int = 0, calls: int = 1) -> tuple[int, int]:
-        """These nodes of the captured graph, and what became of them."""
-        keys = {_key(node) for node in nodes}
-        return self._pair(keys.__contains__, call, calls)
+    def became(self, node: fx.Node) -> fx.Node | None:
+        """The product of the rewritten graph that does the work of a product of the captured one."""
+        before, after = (ledger.get(_key(node), []) for ledger in self._ledgers)
+        if len(before) != len(after):
+            return None
+        return next((new for (old, _), (new, _) in zip(before, after, strict=True) if old is node), None)
 
-    def _pair(self, wanted: Callable[[Key], bool], call: int, calls: int) -> tuple[int, int]:
-        before, after = (
-            sum(_share(counts, call, calls) for key, counts in ledger.items() if wanted(key)) for ledger in self._ledgers
-        )
+    def nodes(self, nodes: Iterable[fx.Node]) -> tuple[int, int]:
+        """These products of the captured graph, and what became of them."""
+        before = after = 0
+        for node in nodes:
+            new = self.became(node)
+            before += flops(node)
+            after += flops(node if new is None else new)
         return before, after
 
+    def _pair(self, wanted: Callable[[Key], bool], call: int, calls: int) -> tuple[int, int]:
+        def total(ledger: Ledger) -> int:
+            return sum(_share([n for _, n in entries], call, calls) for key, entries in ledger.items() if wanted(key))
 
-def _ledger(gm: fx.GraphModule) -> dict[Key, list[int]]:
-    """The FLOPs of every product, in order, by where it came from."""
-    ledger: dict[Key, list[int]] = defaultdict(list)
+        before, after = self._ledgers
+        return total(before), total(after)
+
+
+def _ledger(gm: fx.GraphModule) -> Ledger:
+    """Every product and its FLOPs, in order, by where it came from."""
+    ledger: Ledger = defaultdict(list)
     for node in gm.graph.nodes:
         if count := flops(node):
-            ledger[_key(node)].append(int(count))
+            ledger[_key(node)].append((node, int(count)))
     return ledger
 
 
@@ -83,7 +98,7 @@ def _share(counts: list[int], call: int, calls: int) -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds that a site saves downstream, and that it costs: choosing and moving tokens, restoring them for others."""
+    """Seconds that a site saves downstream, and that it costs: choosing tokens, moving them, restoring them."""
 
     saves: float
     costs: float
@@ -93,7 +108,8 @@ class Prediction:
         return self.saves >= self.costs
 
     def __str__(self) -> str:
-        return f"saves {1e3 * self.saves:.2g} ms, costs {1e3 * self.costs:.2g} ms" + ("" if self.pays else ": does not pay")
+        verdict = "" if self.pays else ": does not pay"
+        return f"saves {1e3 * self.saves:.2g} ms, costs {1e3 * self.costs:.2g} ms{verdict}"
 
 
 class Gate:
@@ -115,6 +131,7 @@ class Gate:
     def __call__(
         self, block: Attention, method: Reduction, place: Place, removed: Any, suffix: Suffix
     ) -> Refusal | None:
+        """None where the method may act."""
         found = self.predict(block, method, place, removed, suffix)
         self.predictions[block] = found
         self.notes[block] = str(found)
@@ -131,20 +148,19 @@ class Gate:
         stream = tensor_meta(block.stream)
         assert stream is not None
         machine = self.machine or Machine.of(stream.device)
-        head_dim, heads = sizes_now(block.query)[-1], 1
-        if len(query := sizes_now(block.query)) == 4:
-            heads = query[1]
+        query = sizes_now(block.query)
         extent = Extent(
             batch=hint(stream.shape[block.batch_dim]),
             tokens=site.now,
             removed=site.removed,
             channels=hint(stream.shape[-1]),
-            heads=heads,
-            head_dim=head_dim,
+            heads=query[1] if len(query) == 4 else 1,
+            head_dim=query[-1],
             dtype=stream.dtype,
         )
         moved, kernels = site.carried()
-        return Prediction(site.saved(machine), method_seconds(method, extent, machine) + machine.seconds({}, moved, kernels))
+        costs = method_seconds(method, extent, machine) + machine.seconds({}, moved, kernels)
+        return Prediction(site.saved(machine), costs)
 
 
 class _Site:
@@ -156,7 +172,9 @@ class _Site:
         self.block, self.now, self.removed, self.suffix, self.symbols = block, now, removed, suffix, symbols
         self.trip = method.scope == "round_trip"
         self.cut = block.entry if self.trip else block.stream
-        self.reached = {node for node in suffix.reached if self._before_exit(node)}
+        parts = {user for node in suffix.reached for user in node.users if user.target is operator.getitem}
+        self.short = suffix.reached | parts  # everything that has fewer tokens, or is full again behind a round trip
+        self.reached = {node for node in self.short if self._before_exit(node)}
 
     def _before_exit(self, node: fx.Node) -> bool:
         return not self.trip or self.block.join is None or node < self.block.join
@@ -199,7 +217,7 @@ class _Site:
             n
             for node in self.reached
             for n in node.all_input_nodes
-            if n is not self.cut and n not in self.suffix.reached and self._has_tokens(n)
+            if n is not self.cut and n not in self.short and self._has_tokens(n)
         }
         touched = restored | shortened
         return sum(2.0 * self._bytes(node) for node in touched), len(touched)

@@ -1,4 +1,4 @@
-"""What a machine can do in a second, in the few numbers that decide whether a site pays, and what a method costs there."""
+"""What a machine does in a second, in the few numbers that decide whether a site pays; what a method costs on it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class Machine:
 def _cpu(threads: int) -> Machine:
     """AMD EPYC (Zen 3, AVX2), measured with benchmarks/calibrate.py on 2026-11-22, torch 2.13.0.
 
-    One thread, fastest of a second's calls: float32 50 (197 rows) to 65 (1576 rows) GFLOP/s, attention 62, float64 34 to
-    42, bfloat16 and float16 7 to 8 (no instructions for them: oneDNN emulates); layer norm 12 to 18 GB/s, gelu 5.
+    One thread, fastest of a second's calls: float32 50 (197 rows) to 65 (1576 rows) GFLOP/s, attention 62, float64 34
+    to 42, bfloat16 and float16 7 to 8 (no instructions for them: oneDNN emulates); layer norm 12 to 18 GB/s, gelu 5.
     Products scale with threads; a socket's memory is taken to be full at 60 GB/s. Processors with AVX-512 or AMX do
     more FLOPs: there, sites pay a little less than this says.
     """
     rates = {torch.float32: 6e10, torch.float64: 4e10, torch.bfloat16: 7.5e9, torch.float16: 8e9}
-    return Machine(f"cpu, {threads} threads", {t: threads * r for t, r in rates.items()}, min(threads * 1e10, 6e10), 1e-5)
+    scaled = {dtype: threads * rate for dtype, rate in rates.items()}
+    return Machine(f"cpu, {threads} threads", scaled, min(threads * 1e10, 6e10), 1e-5)
 
 
 # NVIDIA's data sheet for the H100 SXM (2023): dense peaks 989 TFLOP/s in half precision, 67 in float32 and float64,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
+from collections import Counter
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Attention, Blocks
-from tokred.compiler.capture import module_path
+from tokred.compiler.blocks import Attention, Blocks, Mlp
+from tokred.compiler.capture import module_path, tensor_meta
 from tokred.compiler.cost import Costs
 from tokred.compiler.report import BlockReport, GraphReport
 
@@ -16,34 +21,63 @@ __all__ = ["model_name", "summarize"]
 
 
 def model_name(gm: fx.GraphModule) -> str:
-    """The class of the outermost module that the graph came from, or the function's name."""
+    """The class whose method was compiled, or the function's name: where the graph's first line of source stands."""
     for node in gm.graph.nodes:
-        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-            name = kind if isinstance(kind, str) else kind.__name__
-            if str(path) == "L['self']":
-                return name.rsplit(".", 1)[-1]
-    for node in gm.graph.nodes:
-        stack = node.meta.get("stack_trace") or ""
-        if ", in " in stack:
-            return stack.rsplit(", in ", 1)[1].splitlines()[0]
+        frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if ", in " in line]
+        if frames and frames[0].startswith('File "'):
+            place, _, function = frames[0].rpartition(", in ")
+            file, _, line = place.removeprefix('File "').partition('", line ')
+            return (_class_around(file, int(line)) if line.isdigit() else None) or function
     return "graph"
 
 
+def _class_around(file: str, line: int) -> str | None:
+    """The innermost class whose body holds a line of a source file, if the file can be read."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return None
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return max(around, key=lambda node: node.lineno).name if around else None
+
+
 def summarize(
-    report: GraphReport, captured: fx.GraphModule, found: Blocks, blocks: Blocks, axes: Axes, reduced: Any, final: fx.GraphModule
+    report: GraphReport,
+    captured: fx.GraphModule,
+    found: Blocks,
+    blocks: Blocks,
+    axes: Axes,
+    reduced: Any,
+    final: fx.GraphModule,
 ) -> None:
     """Fill in blocks, costs and restores."""
     costs = Costs(captured, final)
     report.flops = costs.totals()
+    report.blocks += _attention_rows(found, blocks, reduced, costs)
+    report.blocks += [_mlp_row(mlp, costs) for mlp in found.mlps]
+    report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
+
+
+def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -> list[BlockReport]:
+    """`found` is what the user wrote, `blocks` what the exact passes left of it: there methods acted or were refused."""
     now = {_identity(block): block for block in blocks.attentions}
     acted = {_identity(block): applied for block, applied in reduced.applied.items()}
     refused = {_identity(block): entry for block, entry in reduced.refused.items()}
+    modules = Counter(block.module for block in found.attentions)
+    calls: Counter[str] = Counter()
+    linears = [node for mlp in found.mlps for node in (mlp.down, *mlp.ups)]
+    rows = []
     for block in found.attentions:
         key = _identity(block)
-        row = BlockReport("attention", block.layer, block.module, (_show(block.tokens), _show(block.tokens)), block.form, block.source)
-        row.flops = costs.block(block.module)
+        row = BlockReport("attention", block.layer, block.module, (_show(block.tokens),) * 2, block.form, block.source)
+        row.flops = costs.block(block.module, calls[block.module], modules[block.module], linears)
+        calls[block.module] += 1
         current = now.get(key)
-        if current is not None and _length(current.tokens) != _length(block.tokens):
+        if current is not None and str(current.tokens) != str(block.tokens):
             row.tokens = (_show(block.tokens), _show(current.tokens))
             row.note = "only these rows are read"
         if key in acted:
@@ -55,12 +89,34 @@ def summarize(
             row.method, row.refusal = str(method), refusal
         elif block.refusal is not None:
             row.refusal = block.refusal
-        report.blocks.append(row)
-    for mlp in found.mlps:
-        row = BlockReport("mlp", mlp.layer, mlp.module, (_show(mlp.tokens), _show(mlp.tokens)), mlp.form, mlp.source)
-        row.flops = costs.block(mlp.module)
-        report.blocks.append(row)
-    report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
+        rows.append(row)
+    return rows
+
+
+def _mlp_row(mlp: Mlp, costs: Costs) -> BlockReport:
+    """An MLP runs on as many tokens as what its last linear became does."""
+    row = BlockReport("mlp", mlp.layer, mlp.module, (_show(mlp.tokens),) * 2, mlp.form, mlp.source)
+    row.flops = costs.nodes([*mlp.ups, mlp.down])
+    new = costs.became(mlp.down)
+    if new is not None:
+        row.tokens = (row.tokens[0], _rescaled(mlp.tokens, _rows(mlp.down, mlp), _rows(new, mlp)))
+    return row
+
+
+def _rows(node: fx.Node, mlp: Mlp) -> Any:
+    """The size of the dimensions that hold the tokens; samples may share them."""
+    meta = tensor_meta(node)
+    assert meta is not None
+    return sympy.Mul(*(_expression(meta.shape[dim]) for dim in mlp.token_dims))
+
+
+def _rescaled(tokens: Any, before: Any, after: Any) -> int | str:
+    now = sympy.cancel(_expression(tokens) * after / before)
+    return int(now) if now.is_Integer else str(now)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _identity(block: Attention) -> tuple[str, int, str]:
@@ -69,7 +125,3 @@ def _identity(block: Attention) -> tuple[str, int, str]:
 
 def _show(size: Any) -> int | str:
     return size if isinstance(size, int) else str(size)
-
-
-def _length(size: Any) -> str:
-    return str(size)

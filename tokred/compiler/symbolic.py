@@ -53,23 +53,30 @@ class Formula:
 
 
 def expression(gm: fx.GraphModule, axes: Axes, blocks: Blocks) -> dict[Attention | Mlp, Formula]:
-    """For each block the work of its nodes: an attention's by module path, an MLP's from its first to its last linear."""
+    """For each block the work of its nodes: an attention's by module path, an MLP's between its linears."""
     found: dict[Attention | Mlp, Formula] = {}
     known: dict[tuple[int, ...], Symbols] = {}
-    for block in [*blocks.attentions, *blocks.mlps]:
-        symbols = known.setdefault(block.axis, Symbols(axes, blocks, block.axis))
+    every: list[Attention | Mlp] = [*blocks.attentions, *blocks.mlps]
+    for block in every:
+        if block.axis not in known:
+            known[block.axis] = Symbols(axes, blocks, block.axis)
         if isinstance(block, Mlp):
-            first = min(block.ups)
-            nodes = [n for n in gm.graph.nodes if not n < first and not block.down < n and n not in _foreign(block, blocks)]
+            nodes = _between(block)
         else:
-            nodes = [n for n in gm.graph.nodes if (module_path(n) + ".").startswith(block.module + ".")]
-        found[block] = symbols.total(nodes)
+            nodes = {n for n in gm.graph.nodes if (module_path(n) + ".").startswith(block.module + ".")}
+        found[block] = known[block.axis].total(nodes)
     return found
 
 
-def _foreign(block: Mlp, blocks: Blocks) -> set[fx.Node]:
-    """Attention anchors, which an MLP that runs beside an attention does not own."""
-    return {attention.anchor for attention in blocks.attentions}
+def _between(mlp: Mlp) -> set[fx.Node]:
+    """The first linears, the last one, and what lies on the way."""
+    found, queue = {mlp.down, *mlp.ups}, list(mlp.down.all_input_nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found and node.op == "call_function":
+            found.add(node)
+            queue += node.all_input_nodes
+    return found
 
 
 class Symbols:
@@ -87,6 +94,7 @@ class Symbols:
                 self._name_attention(block)
         for mlp in blocks.mlps:
             if mlp.axis == axis:
+                self._name("C", axes.of(mlp.ups[0].all_input_nodes[0])[-1])
                 self._name("F", axes.of(mlp.down.all_input_nodes[0])[-1])
 
     def _name_attention(self, block: Attention) -> None:
@@ -97,22 +105,21 @@ class Symbols:
             stream = self.axes.of(block.stream)
             self._name("B", stream[block.batch_dim])
             self._name("C", stream[-1])
+        if block.entry is not None:  # what a norm gives are other channels, though as many
+            self._name("C", self.axes.of(block.entry)[-1])
         self._name("D", query[-1])
         if len(query) == 4:
             self._name("H", query[1])
 
     def _name(self, letter: str, dim: Dim) -> None:
-        """The first bearer of a letter keeps it; another size of that role becomes C1, C2, ..."""
+        """The first bearer of a letter keeps it; another axis in that role shares it, or is C1 if its size differs."""
         if not dim or any(atom in known for known, _ in self._names for atom in dim):
             return
-        extent: Any = 1
-        for atom in dim:
-            extent = extent * atom.size
-        taken = {str(symbol): symbol for _, symbol in self._names}
-        twin = next((s for name, s in taken.items() if name[0] == letter and letter != "N" and self.values[s] == hint(extent)), None)
-        count = sum(name[0] == letter for name in taken)
-        symbol = twin or sympy.Symbol(letter + (str(count) if count else ""), integer=True, positive=True)
-        self.values[symbol] = hint(extent)
+        value = hint(_extent(dim))
+        peers = {symbol for _, symbol in self._names if str(symbol)[0] == letter}
+        twin = next((symbol for symbol in peers if self.values[symbol] == value), None)
+        symbol = twin or sympy.Symbol(f"{letter}{len(peers) or ''}", integer=True, positive=True)
+        self.values[symbol] = value
         self._names.append((dim, symbol))
 
     def sizes(self, node: fx.Node) -> list[Any]:
@@ -142,17 +149,11 @@ class Symbols:
         if atom.piece_of is not None:
             whole, start, stop = atom.piece_of
             size = self._size(self.axes.leaves(whole))
-            end = same(stop, self._extent(whole))
-            if size is self.tokens and (end or start == 0) and 3 * hint(atom.size) > 2 * hint(self._extent(whole)):
-                return size - (hint(self._extent(whole)) - hint(atom.size))
+            at_an_end = same(stop, _extent(whole)) or same(start, 0)
+            missing = hint(_extent(whole)) - hint(atom.size)
+            if size == self.tokens and at_an_end and 3 * missing < hint(_extent(whole)):
+                return size - missing
         return self._number(atom.size)
-
-    @staticmethod
-    def _extent(dim: Dim) -> Any:
-        total: Any = 1
-        for atom in dim:
-            total = total * atom.size
-        return total
 
     def _number(self, size: Any) -> Any:
         """A number, or Dynamo's expression for a size that is not known; its symbols get the values they had."""
@@ -172,7 +173,7 @@ class Symbols:
             if node.op != "call_function":
                 self._work[node] = (0, 0, 0)
             else:
-                self._work[node] = tuple(count(node, self.sizes) for count in (flops, moved, weights))  # type: ignore[assignment]
+                self._work[node] = flops(node, self.sizes), moved(node, self.sizes), weights(node, self.sizes)
         return self._work[node]
 
     def total(self, nodes: Iterable[fx.Node]) -> Formula:
@@ -190,6 +191,13 @@ class Symbols:
         for (dtype, term), count in products.items():
             by_dtype[dtype] = by_dtype.get(dtype, 0) + count * term
         return Formula(by_dtype, _weighted(acts), _weighted(params), self.values)
+
+
+def _extent(dim: Dim) -> Any:
+    total: Any = 1
+    for atom in dim:
+        total = total * atom.size
+    return total
 
 
 def _weighted(terms: Counter[Any]) -> Any:

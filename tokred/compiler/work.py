@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -127,7 +128,12 @@ def _is_stored(node: fx.Node) -> bool:
 
 def _bytes(node: fx.Node, sizes: Sizes) -> Any:
     meta = tensor_meta(node)
-    return 0 if meta is None else _times(sizes(node)) * meta.element_size()
+    return 0 if meta is None else _product_of(tuple(sizes(node)), meta.element_size())
+
+
+@lru_cache(maxsize=4096)  # products of expressions are slow, and layers are alike
+def _product_of(sizes: tuple[Any, ...], item: int) -> Any:
+    return _times(sizes) * item
 
 
 # -- FLOPs: one rule a product ----------------------------------------------------------------------------------------
@@ -222,11 +228,3 @@ def _attention(op: Op, sizes: Sizes) -> Any:
         long = bool(hint(op.shape("query")[-2]) > hint(op.shape("key")[-2]))  # rows past the last key see all of them
         pairs = n * m - m * (m - 1) // 2 if long else n * (n + 1) // 2
     return 2 * _times(query[:-2]) * pairs * (query[-1] + value[-1])
-
-
-@_counts(aten._transformer_encoder_layer_fwd.default)
-def _encoder_layer(op: Op, sizes: Sizes) -> Any:
-    """[b n c]: four projections, attention, and the MLP with f neurons."""
-    *_, n, c = sizes(op.operand("src"))
-    f = sizes(op.operand("ffn_weight_1"))[0]
-    return _times(sizes(op.operand("src"))[:-1]) * (8 * c * c + 4 * n * c + 4 * c * f)

@@ -14,10 +14,22 @@ from torch import fx
 from tokred.compiler.capture import module_path, source_line, tensor_meta, trace_into
 from tokred.compiler.relations import same
 from tokred.compiler.report import Refusal
-from tokred.passes.constants import can_hold_minus_infinity, constant_tensor
+from tokred.passes.constants import constant_tensor, magnitude
 from tokred.passes.graph_edit import copy_graph, erase_unused, inherit, keep_output_strides, refresh
 from tokred.passes.group_heads import group_heads
-from tokred.passes.indices import Dim, Layout, arrange, flat, leaves, resolve, same_shape, size_of, spread
+from tokred.passes.indices import (
+    Dim,
+    Layout,
+    arrange,
+    expanded,
+    flat,
+    leaves,
+    reshaped,
+    resolve,
+    same_shape,
+    size_of,
+    spread,
+)
 from tokred.passes.match_attention import SOFTMAX, Filled, Match, Surroundings, match_attention
 
 __all__ = ["canonical_attention"]
@@ -167,14 +179,14 @@ def _attend(
     mask, dead = keep if bias is None else bias, None
     if keep is not None and bias is not None:
         mask = bias.masked_fill(~keep, -math.inf)
-    fills = [term.value for term in match.terms if isinstance(term, Filled)]
     if mask is not None and any(may_die):
         dead = ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else (mask == -math.inf).all(-1, keepdim=True)
+    fills = [term.value for term in match.terms if isinstance(term, Filled)]
     uniform = dead is not None and bool(fills) and all(map(math.isfinite, fills))
     if uniform:
-        # A row that is masked throughout by a finite value is uniform: so is a row whose query is zero and that sees all.
+        # A row of nothing but one finite value is uniform: so is a row whose query is zero and that sees all.
         assert dead is not None and mask is not None
-        q, mask = q.masked_fill(dead, 0.0), mask | dead
+        q, mask = q.masked_fill(dead, 0.0), mask | dead if mask.dtype == torch.bool else mask.masked_fill(dead, 0.0)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=match.scale, enable_gqa=plan.grouped
     )
@@ -197,7 +209,8 @@ def _masks(
             mask = mask if term.inverted else ~mask
             keep = mask if keep is None else keep & mask
             continue
-        mask = mask.to(q.dtype) if torch.promote_types(mask.dtype, q.dtype) == q.dtype else mask
+        if mask.dtype != q.dtype and torch.promote_types(mask.dtype, q.dtype) == q.dtype:
+            mask = mask.to(q.dtype)
         mask = mask if term.factor == 1.0 else mask * term.factor
         bias = mask if bias is None else bias + mask
     return _merged(keep, plan.mask), _merged(bias, plan.mask)
@@ -215,19 +228,19 @@ def _merged(mask: torch.Tensor | None, target: Layout) -> torch.Tensor | None:
             sizes[place : place + len(dim)] = [index.size for index in dim]
         place += len(dim)
         shape.append(1 if absent else size_of(dim))
-    return mask.expand(sizes).reshape(shape)
+    return reshaped(expanded(mask, sizes), shape)
 
 
 def _whole(x: torch.Tensor, target: Layout) -> torch.Tensor:
     """Copies (as a view) along whole dimensions that `x` lacks."""
     sizes = [size_of(dim) if same(have, 1) else have for have, dim in zip(x.shape, target, strict=True)]
-    return x if same_shape(x.shape, sizes) else x.expand(sizes)
+    return expanded(x, sizes)
 
 
 def _may_hide_rows(term: Any) -> bool:
     """Whether some row may be hidden from all keys; the mask's values decide where they are known."""
     if not isinstance(term, Filled):
-        return can_hold_minus_infinity(term.mask)
+        return math.isinf(magnitude(term.mask))
     hidden = constant_tensor(term.condition)
     if hidden is None or hidden.dim() == 0:
         return True

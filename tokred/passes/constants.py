@@ -14,7 +14,7 @@ from tokred.compiler.capture import tensor_meta
 from tokred.compiler.relations import Op, same
 from tokred.passes.indices import PERMUTES, SAME, VIEWS
 
-__all__ = ["CASTS", "can_hold_minus_infinity", "constant", "constant_tensor"]
+__all__ = ["CASTS", "constant", "constant_tensor", "magnitude"]
 
 aten = torch.ops.aten
 
@@ -104,27 +104,29 @@ def _literal(node: fx.Node) -> torch.Tensor:
     return value.detach().cpu()
 
 
-def can_hold_minus_infinity(value: Any, depth: int = 0) -> bool:
-    """Whether an additive mask may mask out with -inf: it cannot if it is arithmetic on parameters and finite constants.
+def magnitude(value: Any, depth: int = 0) -> float:
+    """How large a constant may be among what makes up an additive mask, as far as the graph shows; infinite if it does not.
 
-    A parameter, a buffer and what a layer computes count as finite in at least one place of each row.
+    0 for parameters, buffers and what layers compute: those are activations, which hide no key. `(1 - m) * -1e9` has 1e9.
     """
     number = constant(value)
     if number is not None:
-        return math.isinf(number)
-    if not isinstance(value, fx.Node) or value.op == "output" or depth > 30:
-        return False
+        return abs(number)
+    if not isinstance(value, fx.Node):
+        return 0.0
     meta = tensor_meta(value)
     if is_parameter(value) or value.target in COMPUTED or (meta is not None and not meta.is_floating_point()):
-        return False
-    if value.op != "call_function" or value.target not in CARRIES | RESHAPING:
-        return True
+        return 0.0
+    if value.target is aten.div.Tensor and (divisor := constant(value.args[1])):
+        return magnitude(value.args[0], depth + 1) / abs(divisor)
+    if value.op != "call_function" or value.target not in CARRIES | RESHAPING or depth > 30:
+        return math.inf
     operands: list[Any] = []
     fx.node.map_aggregate((value.args, dict(value.kwargs)), operands.append)
-    return any(can_hold_minus_infinity(operand, depth + 1) for operand in operands)
+    return max((magnitude(operand, depth + 1) for operand in operands), default=0.0)
 
 
-# What is infinite only if an operand is.
+# What is large only if an operand is.
 CARRIES = {
     aten.add.Tensor,
     aten.sub.Tensor,

@@ -76,7 +76,8 @@ def keep_output_strides(gm: fx.GraphModule, original: fx.GraphModule) -> None:
         if not all(isinstance(size, int) for size in (*was.stride(), *now.stride())):
             order = list(range(was.dim()))  # symbolic strides cannot be sorted; contiguous is what nearly all outputs are
         else:
-            order = sorted(range(was.dim()), key=lambda d: (-was.stride(d), d))
+            strides = was.stride()
+            order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
         with gm.graph.inserting_before(output):
             new = trace_into(gm.graph, lambda x, order=order: _ordered(x, order), (node,))
         output.replace_input_with(node, new)

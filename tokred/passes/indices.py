@@ -16,7 +16,7 @@ from torch import fx
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.relations import Op, Size, same
 
-__all__ = ["Dim", "Index", "Layout", "after", "arrange", "before", "flat", "fresh", "leaves", "regroup", "resolve", "same_shape", "size_of", "spread"]
+__all__ = ["Dim", "Index", "Layout", "after", "arrange", "before", "expanded", "flat", "fresh", "leaves", "regroup", "reshaped", "resolve", "same_shape", "size_of", "spread"]
 
 aten = torch.ops.aten
 
@@ -194,7 +194,7 @@ def arrange(x: torch.Tensor, layout: Layout, target: Layout) -> torch.Tensor:
     have = set(flat(layout))
     wanted = [dim if any(index in have for index in dim) else () for dim in target]
     if [dim for dim in layout if dim] == [dim for dim in wanted if dim] and len(layout) == len(target):
-        return _reshape(x, [size_of(dim) for dim in wanted])
+        return reshaped(x, [size_of(dim) for dim in wanted])
     if all(dim in layout or not dim for dim in wanted) and {d for d in layout if d} == {d for d in wanted if d}:
         x = x.permute([layout.index(dim) for dim in wanted if dim] + [d for d, dim in enumerate(layout) if not dim])
         for _ in range(sum(not dim for dim in layout)):
@@ -203,26 +203,24 @@ def arrange(x: torch.Tensor, layout: Layout, target: Layout) -> torch.Tensor:
             x = x if dim else x.unsqueeze(d)
         return x
     order = tuple(index for dim in wanted for index in dim)
-    x = _expand(spread(x, layout, order), [index.size for index in order])
-    return _reshape(x, [size_of(dim) for dim in wanted])
+    x = expanded(spread(x, layout, order), [index.size for index in order])
+    return reshaped(x, [size_of(dim) for dim in wanted])
 
 
 def spread(x: torch.Tensor, layout: Layout, order: Dim) -> torch.Tensor:
     """`x` with one dimension for each index of `order`, of size one where `x` lacks it."""
     own = flat(layout)
-    x = _reshape(x, [index.size for index in own])
     places = [own.index(index) for index in order if index in own]
-    x = x if places == sorted(places) else x.permute(places)
-    for d, index in enumerate(order):
-        x = x if index in own else x.unsqueeze(d)
-    return x
+    if places != sorted(places):
+        x = reshaped(x, [index.size for index in own]).permute(places)
+    return reshaped(x, [index.size if index in own else 1 for index in order])
 
 
-def _reshape(x: torch.Tensor, shape: list[Size]) -> torch.Tensor:
+def reshaped(x: torch.Tensor, shape: list[Size]) -> torch.Tensor:
     return x if same_shape(x.shape, shape) else x.reshape(shape)
 
 
-def _expand(x: torch.Tensor, shape: list[Size]) -> torch.Tensor:
+def expanded(x: torch.Tensor, shape: list[Size]) -> torch.Tensor:
     return x if same_shape(x.shape, shape) else x.expand(shape)
 
 

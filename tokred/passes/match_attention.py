@@ -19,7 +19,7 @@ from tokred.compiler.blocks import is_parameter
 from tokred.compiler.capture import module_path, source_line, tensor_meta
 from tokred.compiler.relations import Op, same
 from tokred.compiler.report import Refusal
-from tokred.passes.constants import CASTS, constant
+from tokred.passes.constants import CASTS, constant, magnitude
 from tokred.passes.contractions import Contraction, Product, contract, product_of
 from tokred.passes.indices import PERMUTES, SAME, VIEWS, Dim, Layout, after, flat, leaves, resolve, same_shape
 from tokred.passes.operands import Operand, climb
@@ -34,6 +34,7 @@ WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 REGIONS = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 MOST_PATHS = 16  # scores may be a sum of several products: each is tried as q k^T, the others are masks then
+MODERATE = 1e4  # a bias below this hides no key beside a fill of -1e9
 DEEPEST = 40  # nodes between q k^T and its softmax; the longest seen (a decomposed relative position) has 12
 
 
@@ -351,7 +352,9 @@ def _assemble(
         return _refuse("contraction", f"{last.node.name} sums weights or values by themselves", softmax)
     dim = Op(softmax).dim()
     keys = leaves(scores.layout[dim])
-    if not keys or set(leaves(ends.summed)) != set(keys):
+    if not keys:
+        return _refuse("one-key", "there is one key only: nothing to attend to", softmax)
+    if set(leaves(ends.summed)) != set(keys):
         return _refuse("softmax-dim", "the weights are not summed over the dimension that the softmax normalised", softmax)
     left, right = set(flat(names.left)), set(flat(names.right))
     if set(keys) <= right - left:
@@ -421,8 +424,9 @@ def _check_terms(terms: list[Added | Filled], dtype: torch.dtype, softmax: fx.No
         return _refuse("fill", "masked scores get a value that does not hide them", softmax)
     if not finite:
         return None
-    if len(fills) < len(terms):
-        return _refuse("fill-and-bias", "a finite fill beside an additive mask: a row that both hide has no equivalent", softmax)
+    added = [term for term in terms if isinstance(term, Added)]
+    if added and (terms[: len(added)] != added or any(not magnitude(term.mask) < MODERATE for term in added)):
+        return _refuse("fill-and-bias", "a row that a finite fill and an additive mask hide together has no equivalent", softmax)
     if len(finite) > 1 or any(math.isinf(term.value) for term in fills):
         return _refuse("fill", "two different values fill masked scores", softmax)
     if finite.pop() > (-6e4 if dtype is torch.float16 else -1e9):  # exp(fill - score) must be 0 for any sane score

@@ -161,7 +161,8 @@ class _Run:
             return _refusal("method-raised", f"{method.name}: {_sentence(error)}", block)
         stage = self._stage(value, block, place, token_map, reduced, exits)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
-        self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix)
+        note = getattr(self.gate, "notes", {}).get(block, "")
+        self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 
     def _place(self, block: Attention, node: fx.Node, value: Any, suffix: Suffix) -> Place:

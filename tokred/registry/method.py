@@ -10,7 +10,17 @@ from tokred.errors import ArgumentError
 from tokred.registry.maps import TokenMap
 from tokred.registry.site import Place, Site
 
-__all__ = ["Reduction", "Share", "check_fraction", "check_layers", "check_r", "keep_fraction", "per_layer"]
+__all__ = [
+    "Reduction",
+    "Share",
+    "check_flag",
+    "check_fraction",
+    "check_int",
+    "check_layers",
+    "check_r",
+    "keep_fraction",
+    "per_layer",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,18 @@ def check_layers(method: str, layers: Any) -> None:
     numbers = layers if isinstance(layers, (list, tuple)) else [] if layers is None else [layers]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
         raise ArgumentError(f"{method}(layers={layers!r}): ints, a slice such as '8:24', or a glob on module names")
+
+
+def check_flag(method: str, name: str, value: Any) -> None:
+    """Raise ArgumentError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{method}({name}={value!r}): True or False")
+
+
+def check_int(method: str, name: str, value: Any, least: int | None = None) -> None:
+    """Raise ArgumentError unless `value` is an int, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise ArgumentError(f"{method}({name}={value!r}): an int" + ("" if least is None else f" >= {least}"))
 
 
 def check_fraction(method: str, name: str, value: float | None) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokred.errors import ArgumentError
 from tokred.registry.grid import shuffled
 from tokred.registry.maps import TokenMap
-from tokred.registry.method import Share
+from tokred.registry.method import Share, check_int
 from tokred.registry.register import register
 from tokred.registry.site import Site
 
@@ -31,8 +30,7 @@ class Random(Share):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ArgumentError(f"random(seed={self.seed!r}): an int")
+        check_int(self.name, "seed", self.seed)
 
     def plan(self, site: Site) -> TokenMap:
         draw = shuffled(site.tokens, self.seed, site.layer, site.hidden.device).float()  # exact: below 2 ** 24

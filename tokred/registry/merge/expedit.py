@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tokred.errors import ArgumentError
 from tokred.registry.grid import cell_numbers, coarser
 from tokred.registry.maps import Soft, TokenMap
-from tokred.registry.method import Reduction, keep_fraction
+from tokred.registry.method import Reduction, check_int, keep_fraction
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site, precise
 
@@ -50,16 +50,17 @@ class Expedit(Reduction):
         keep_fraction(self.name, self.keep, self.ratio, 1.0)
         if self.layer is not None and self.layers is not None:
             raise ArgumentError(f"expedit(layer={self.layer!r}, layers={self.layers!r}): give one of them")
-        if self.layer is not None and not _is_int(self.layer):
-            raise ArgumentError(f"expedit(layer={self.layer!r}): the number of one layer")
+        if self.layer is not None:
+            check_int(self.name, "layer", self.layer)
         if self.grid is not None:
-            if not isinstance(self.grid, (tuple, list)) or len(self.grid) != 2 or not all(map(_is_count, self.grid)):
+            if not isinstance(self.grid, (tuple, list)) or len(self.grid) != 2:
                 raise ArgumentError(f"expedit(grid={self.grid!r}): rows and columns of superpixels, such as (7, 7)")
+            for side in self.grid:
+                check_int(self.name, "grid", side, 1)
             if self.keep is not None or self.ratio is not None:
                 raise ArgumentError(f"{self}: the grid says how many superpixels stay; give it, keep or ratio")
         for name in ("iterations", "window", "top_k"):
-            if not _is_count(getattr(self, name)):
-                raise ArgumentError(f"expedit({name}={getattr(self, name)!r}): an int >= 1")
+            check_int(self.name, name, getattr(self, name), 1)
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < float("inf"):
             raise ArgumentError(f"expedit(tau={self.tau!r}): a number above 0")
 
@@ -110,11 +111,3 @@ class Expedit(Reduction):
         rows_apart = (row.unsqueeze(1) - cell // cells[1]).abs()
         columns_apart = (column.unsqueeze(1) - cell % cells[1]).abs()
         return torch.maximum(rows_apart, columns_apart) <= self.window // 2
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 1

@@ -12,7 +12,7 @@ from torch.nn.functional import elu
 from tokred.errors import ArgumentError
 from tokred.registry.maps import Merge, TokenMap, rows
 from tokred.registry.matching import mergeable
-from tokred.registry.method import Reduction, keep_fraction
+from tokred.registry.method import Reduction, check_flag, keep_fraction
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site, precise
 
@@ -45,6 +45,7 @@ class PiToMe(Reduction):
         for name, given in (("keep", self.keep), ("ratio", self.ratio)):
             for value in given if isinstance(given, (list, tuple)) else [given]:
                 keep_fraction(self.name, **({"keep": None, "ratio": None} | {name: value}), default=1.0)
+        check_flag(self.name, "prop_attn", self.prop_attn)
 
     def kept(self, layer: int) -> float:
         """The fraction kept in one layer."""

@@ -10,7 +10,7 @@ import torch
 from tokred.errors import ArgumentError
 from tokred.registry.maps import Merge, TokenMap
 from tokred.registry.matching import bipartite, mergeable
-from tokred.registry.method import Reduction, check_r, per_layer
+from tokred.registry.method import Reduction, check_flag, check_r, per_layer
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site
 
@@ -36,6 +36,7 @@ class ToMe(Reduction):
 
     def __post_init__(self) -> None:
         check_r(self.name, self.r)
+        check_flag(self.name, "prop_attn", self.prop_attn)
         if self.order not in ("tome", "preserve"):
             raise ArgumentError(f"tome(order={self.order!r}): 'tome' or 'preserve'")
 

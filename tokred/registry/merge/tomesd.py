@@ -10,7 +10,7 @@ import torch
 from tokred.errors import ArgumentError
 from tokred.registry.grid import others, shuffled
 from tokred.registry.maps import Merge, TokenMap
-from tokred.registry.method import Reduction, check_fraction
+from tokred.registry.method import Reduction, check_flag, check_fraction, check_int
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site
 
@@ -46,15 +46,11 @@ class ToMeSD(Reduction):
         if self.ratio is None:
             raise ArgumentError("tomesd(ratio=None): the fraction removed must lie in [0, 1)")
         check_fraction(self.name, "ratio", self.ratio)
-        for name in ("sx", "sy"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"tomesd({name}={value!r}): an int >= 1")
-        for name in ("use_rand", "merge_attn"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"tomesd({name}={getattr(self, name)!r}): True or False")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ArgumentError(f"tomesd(seed={self.seed!r}): an int")
+        check_int(self.name, "sx", self.sx, 1)
+        check_int(self.name, "sy", self.sy, 1)
+        check_int(self.name, "seed", self.seed)
+        check_flag(self.name, "use_rand", self.use_rand)
+        check_flag(self.name, "merge_attn", self.merge_attn)
 
     def cells(self, place: Place) -> tuple[int, int]:
         """Rows and columns of whole cells; patches beyond them are never destinations."""

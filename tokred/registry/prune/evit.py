@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from tokred.errors import ArgumentError
 from tokred.registry.maps import Keep, Merge, TokenMap
-from tokred.registry.method import Share
+from tokred.registry.method import Share, check_flag
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site
 
@@ -36,8 +35,7 @@ class EViT(Share):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.fuse, bool):
-            raise ArgumentError(f"evit(fuse={self.fuse!r}): True or False")
+        check_flag(self.name, "fuse", self.fuse)
 
     def removed(self, place: Place) -> Any:
         dropped = place.free - place.count(self.kept)

@@ -1,0 +1,304 @@
+"""The backend as a user meets it: shapes, dtypes, training, graph breaks, options, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokred
+from tests.zoo.architectures import ARCHITECTURES
+from tokred.errors import ArgumentError, OptionError, RecipeError, StrictError, UnknownMethod, VerifyError
+
+TOME = "tome(r=4)"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    tokred.reset()
+
+
+def vit(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return ARCHITECTURES["vit"].model(dtype)
+
+
+def pixels(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return ARCHITECTURES["vit"].example(batch, dtype)["pixel_values"]
+
+
+def compiled(model: Any, recipe: Any = TOME, *, lower: str = "eager", **options: Any) -> Any:
+    return torch.compile(model, backend="tokred", options={"recipe": recipe, "lower": lower, **options})
+
+
+def logits(model: Any, x: Tensor) -> Tensor:
+    out = model(pixel_values=x)
+    result: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return result
+
+
+def test_the_backend_is_found_by_name() -> None:
+    assert "tokred" in torch._dynamo.list_backends(None)
+
+
+def test_inductor_agrees_with_the_eager_lowering() -> None:
+    model, x = vit(), pixels(3)
+    with torch.no_grad():
+        expected = logits(compiled(model), x)
+        torch._dynamo.reset()
+        got = logits(compiled(model, lower="inductor"), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, logits(model, x), atol=1e-4)  # tokens really were merged
+
+
+def test_a_new_batch_size_compiles_once_more_and_then_never() -> None:
+    model = vit()
+    fast = compiled(model)
+    with torch.no_grad():
+        for batch in (8, 16, 5):
+            single = torch.cat([logits(tokred.compile(model, TOME, lower="eager", dynamic=False), pixels(batch)[:1])])
+            torch.testing.assert_close(logits(fast, pixels(batch))[:1], single, rtol=1e-4, atol=1e-5)
+    shapes = [graph for graph in tokred.reports().graphs]
+    assert len(shapes) - 1 <= 2  # the static reference compiles once: its input never changes
+
+
+def test_dynamic_batch_from_the_start() -> None:
+    model = vit()
+    fast = torch.compile(model, backend="tokred", options={"recipe": TOME, "lower": "aot_eager"}, dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 7, 3):
+            assert logits(fast, pixels(batch)).shape[0] == batch
+    assert len(tokred.reports().graphs) == 1
+    assert [block.method is not None for block in tokred.reports().graphs[0].blocks if block.kind == "attention"][0]
+
+
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_gradients_reach_every_parameter(lower: str) -> None:
+    model = vit().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x = pixels(2)
+
+    def gradients(fast: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        logits(fast, x).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(compiled(model))
+    torch._dynamo.reset()
+    got = gradients(compiled(model, lower=lower))
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=1e-5, msg=name)
+
+
+def test_bfloat16_and_autocast_run_and_keep_their_dtype() -> None:
+    with torch.no_grad():
+        assert logits(compiled(vit(torch.bfloat16)), pixels(2, torch.bfloat16)).dtype == torch.bfloat16
+        model, x = vit(), pixels(2)
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = logits(torch.compile(model, backend="eager"), x)
+            torch._dynamo.reset()
+            unchanged = logits(compiled(model, None, lower="aot_eager"), x)
+            torch._dynamo.reset()
+            merged = logits(compiled(model, lower="inductor"), x)
+    assert merged.dtype == expected.dtype and merged.isfinite().all()
+    torch.testing.assert_close(unchanged.float(), expected.float(), rtol=5e-2, atol=5e-2)
+
+
+def test_two_recipes_live_side_by_side() -> None:
+    model, x = vit(), pixels(2)
+    few, many = compiled(model, "tome(r=2)"), compiled(model, "tome(r=8)")
+    with torch.no_grad():
+        first, second = logits(few, x), logits(many, x)
+        torch.testing.assert_close(logits(few, x), first)
+        torch.testing.assert_close(logits(many, x), second)
+    assert not torch.allclose(first, second, atol=1e-5)
+
+
+class Broken(nn.Module):
+    """Ten graphs: a break after each of nine blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i < 9:
+                torch._dynamo.graph_break()
+        return x
+
+
+def test_each_piece_of_a_broken_model_is_handled_on_its_own() -> None:
+    model, x = Broken().eval(), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(compiled(model, None)(x), expected, rtol=1e-4, atol=1e-5)
+        assert len(tokred.reports().graphs) == 10
+        torch._dynamo.reset()
+        assert compiled(model)(x).shape == expected.shape
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, backend="tokred", fullgraph=True)(x)
+
+
+def test_fullgraph() -> None:
+    with torch.no_grad():
+        fast = torch.compile(vit(), backend="tokred", fullgraph=True, options={"recipe": TOME, "lower": "eager"})
+        assert logits(fast, pixels(2)).shape == (2, 2)
+
+
+def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
+    architecture = ARCHITECTURES["dinov2"]
+    model, inputs = architecture.model(torch.float32), architecture.example(2, torch.float32)
+    with torch.no_grad():
+        whole = model(**inputs)[0]
+        assert compiled(model)(**inputs)[0].shape == whole.shape
+        torch._dynamo.reset()
+        layers = architecture.attention
+        assert compiled(model, outputs="reduced")(**inputs)[0].shape[1] == whole.shape[1] - 4 * layers
+
+
+# -- options and errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"recipee": TOME}, OptionError, "recipe"),
+        ({"lower": "inductr"}, OptionError, "inductor"),
+        ({"exact": "yes"}, OptionError, "exact"),
+        ({"recipe": "tomee(r=3)"}, UnknownMethod, "'tome'"),
+        ({"recipe": "tome(rr=3)"}, ArgumentError, "'r'"),
+        ({"recipe": "norm(ratio=1.0)"}, ArgumentError, r"\[0, 1\)"),
+        ({"recipe": "norm(ratio=-0.1)"}, ArgumentError, r"\[0, 1\)"),
+        ({"recipe": "norm(keep=0.5, ratio=0.5)"}, ArgumentError, "one of them"),
+        ({"recipe": "tome(r=13"}, RecipeError, "tome"),
+        ({"recipe": "nowhere.yaml"}, RecipeError, "nowhere.yaml"),
+    ],
+)
+def test_bad_input_names_what_is_wrong(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        tokred.compile(vit(), **{"recipe": None, **options})
+    with pytest.raises(Exception, match=words), torch.no_grad():
+        logits(torch.compile(vit(), backend="tokred", options=options), pixels(2))
+
+
+def test_strict_turns_a_refusal_into_an_error() -> None:
+    with pytest.raises(Exception, match="no class token|class token"), torch.no_grad():
+        architecture = ARCHITECTURES["ijepa"]
+        fast = compiled(architecture.model(torch.float32), "evit(keep=0.5, layers=[1])", strict=True)
+        fast(**architecture.example(2, torch.float32))
+    assert issubclass(StrictError, tokred.TokredError)
+
+
+def test_protecting_more_tokens_than_remain_is_a_refusal() -> None:
+    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+
+    class ReadsAll(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.prefix = model, nn.Parameter(torch.randn(1, 12, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
+            out: Tensor = self.layer(tokens)
+            return out
+
+    x = torch.randn(2, 1, 32)
+    report = tokred.explain(ReadsAll().eval(), x, recipe="norm(keep=0.01, layers=0)")
+    (block,) = [b for b in report.graphs[0].blocks if b.kind == "attention"]
+    assert block.tokens[1] == 13 or block.refusal is not None
+
+
+def test_verify_passes_on_a_right_graph_and_fails_on_a_wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        logits(compiled(vit(), verify=True, lower="inductor"), pixels(2))
+
+    def wrong(gm: torch.fx.GraphModule, log: list[str]) -> torch.fx.GraphModule:
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
+            node.target = torch.ops.aten.relu.default
+            node.kwargs = {}
+        log.append("gelu -> relu")
+        gm.recompile()
+        return gm
+
+    from tokred.registry import register
+
+    spec = register.PassSpec("wrong", wrong, "exact", True, (), ())
+    monkeypatch.setitem(register._PASSES, "wrong", spec)
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(VerifyError, match="'wrong'"):
+        logits(compiled(vit(), None, verify=True), pixels(2))
+
+
+def test_a_pass_that_raises_is_left_out_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokred.registry import register
+
+    def raises(gm: torch.fx.GraphModule, log: list[str]) -> torch.fx.GraphModule:
+        raise RuntimeError("not today")
+
+    monkeypatch.setitem(register._PASSES, "raises", register.PassSpec("raises", raises, "exact", True, (), ()))
+    model, x = vit(), pixels(2)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(compiled(model, None), x), logits(model, x), rtol=1e-4, atol=1e-5)
+    (entry,) = [p for p in tokred.reports().graphs[0].passes if p.name == "raises"]
+    assert entry.refusals[0].code == "pass-raised" and "not today" in entry.refusals[0].reason
+
+
+def test_an_op_without_a_rule_is_restored_before_and_reported() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+            self.second = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = x + torch.linalg.solve(torch.eye(24) * 2.0, x)
+            out: Tensor = self.second(x)
+            return out
+
+    model, x = Odd().eval(), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        assert compiled(model)(x).shape == x.shape
+    assert any("no rule" in line for line in tokred.reports().graphs[0].restores)
+
+
+def test_a_graph_without_attention_is_left_alone() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(x), model(x))
+
+
+def test_dump_writes_every_stage(tmp_path: Path) -> None:
+    with torch.no_grad():
+        logits(compiled(vit(), dump=str(tmp_path)), pixels(2))
+    names = {path.name for path in tmp_path.iterdir()}
+    for suffix in (".py", ".dot", ".svg", ".html"):
+        assert any("captured" in name and name.endswith(suffix) for name in names)
+        assert any("reduce_tokens" in name and name.endswith(suffix) for name in names)
+    assert {"report.json", "report.html"} <= names
+
+
+@pytest.mark.slow
+def test_torch_logs_shows_the_graphs() -> None:
+    code = (
+        "import torch, tokred;"
+        "m = torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval();"
+        "f = torch.compile(m, backend='tokred', options={'recipe': 'tome(r=4)', 'lower': 'eager'});"
+        "torch.set_grad_enabled(False); f(torch.randn(2, 24, 32))"
+    )
+    import os
+
+    environment = {**os.environ, "TORCH_LOGS": "+tokred"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "after reduce_tokens" in done.stderr and "tome(r=4" in done.stderr
