@@ -1,8 +1,8 @@
-"""Measure the numbers of tokred/compiler/machine.py on this machine: python -m benchmarks.calibrate [--threads 2] [--seconds 2]
+"""Measure the numbers of tokred/compiler/machine.py here: python -m benchmarks.calibrate [--threads 2] [--seconds 1]
 
     flops      products as in a ViT-S MLP, [B*197 384] x [1536 384], for each type
     bandwidth  what add + layer norm and gelu, compiled, read and write a second
-    kernel     the slope of a compiled chain of tiny products and element-wise kernels
+    kernel     the slope of a compiled chain of tiny products and softmaxes: the least that a kernel can cost
     sites      what tome(r=13) costs at one site (plan and reduce, compiled, less a slice), beside the model's estimate
 
 The fastest of many calls is taken: on a shared machine everything slower is somebody else's work.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ from tokred.registry.site import Site
 WIDTH, HEADS, R = 384, 6, 13
 
 
-def fastest(call: Callable[[], object], seconds: float) -> float:
+def fastest(seconds: float, function: Callable[..., object], *args: object, **kwargs: object) -> float:
+    call = partial(function, *args, **kwargs)
     for _ in range(3):
         call()
     best, end = float("inf"), time.perf_counter() + seconds
@@ -43,15 +45,13 @@ def rates(seconds: float) -> dict[str, float]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for rows in (197, 8 * 197):
             x, weight = torch.randn(rows, WIDTH).to(dtype), torch.randn(4 * WIDTH, WIDTH).to(dtype)
-            spent = fastest(lambda x=x, weight=weight: F.linear(x, weight), seconds)
+            spent = fastest(seconds, F.linear, x, weight)
             found[f"{dtype} {rows} rows"] = 8 * rows * WIDTH * WIDTH / spent
     for batch in (1, 8):
         query = torch.randn(batch, HEADS, 197, WIDTH // HEADS)
         mask = torch.zeros(batch, 1, 1, 197)
         for name, given in (("attention", None), ("attention with mask", mask)):
-            spent = fastest(
-                lambda q=query, m=given: F.scaled_dot_product_attention(q, q, q, attn_mask=m), seconds
-            )
+            spent = fastest(seconds, F.scaled_dot_product_attention, query, query, query, attn_mask=given)
             found[f"{name} batch {batch}"] = 4 * batch * 197 * 197 * WIDTH / spent
     return found
 
@@ -67,8 +67,8 @@ def bandwidth(seconds: float) -> dict[str, float]:
         x, y = torch.randn(batch, 197, WIDTH), torch.randn(batch, 197, WIDTH)
         z = torch.randn(batch, 197, 4 * WIDTH)
         norm, gelu = torch.compile(add_norm, dynamic=False), torch.compile(F.gelu, dynamic=False)
-        found[f"add + layer norm, batch {batch}"] = 4 * 4 * x.numel() / fastest(lambda: norm(x, y), seconds)
-        found[f"gelu, batch {batch}"] = 2 * 4 * z.numel() / fastest(lambda: gelu(z), seconds)
+        found[f"add + layer norm, batch {batch}"] = 4 * 4 * x.numel() / fastest(seconds, norm, x, y)
+        found[f"gelu, batch {batch}"] = 2 * 4 * z.numel() / fastest(seconds, gelu, z)
     return found
 
 
@@ -85,8 +85,7 @@ def kernel(seconds: float) -> float:
 
     x, weight = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
     short, long = chain(4), chain(20)
-    spent = fastest(lambda: long(x, weight), seconds) - fastest(lambda: short(x, weight), seconds)
-    return spent / 32
+    return (fastest(seconds, long, x, weight) - fastest(seconds, short, x, weight)) / 32
 
 
 def sites(seconds: float, machine: Machine) -> list[str]:
@@ -110,9 +109,7 @@ def sites(seconds: float, machine: Machine) -> list[str]:
             key = torch.randn(batch, tokens, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)[1]
             torch._dynamo.reset()
             ours, slice_ = torch.compile(reduced, dynamic=False), torch.compile(cut, dynamic=False)
-            spent = fastest(lambda: ours(hidden, key, size), seconds) - fastest(
-                lambda: slice_(hidden, key, size), seconds
-            )
+            spent = fastest(seconds, ours, hidden, key, size) - fastest(seconds, slice_, hidden, key, size)
             extent = Extent(batch, tokens, R, WIDTH, HEADS, WIDTH // HEADS)
             guess = method_seconds(method, extent, machine)
             lines.append(f"batch {batch}, {tokens:3d} tokens: {1e6 * spent:6.0f} us, estimated {1e6 * guess:6.0f} us")
@@ -120,7 +117,8 @@ def sites(seconds: float, machine: Machine) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrate", description=(__doc__ or "").split("\n\n")[0])
+    summary = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrate", description=summary)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each number")
     options = parser.parse_args()

@@ -60,11 +60,12 @@ def test_a_new_batch_size_compiles_once_more_and_then_never() -> None:
     model = vit()
     fast = compiled(model)
     with torch.no_grad():
-        for batch in (8, 16, 5):
-            single = torch.cat([logits(tokred.compile(model, TOME, lower="eager", dynamic=False), pixels(batch)[:1])])
-            torch.testing.assert_close(logits(fast, pixels(batch))[:1], single, rtol=1e-4, atol=1e-5)
-    shapes = [graph for graph in tokred.reports().graphs]
-    assert len(shapes) - 1 <= 2  # the static reference compiles once: its input never changes
+        results = [logits(fast, pixels(batch)) for batch in (8, 16, 5)]
+        assert len(tokred.reports().graphs) <= 2
+        torch._dynamo.reset()
+        for batch, result in zip((8, 16, 5), results, strict=True):
+            alone = logits(torch.compile(model, backend="tokred", dynamic=False, options={"recipe": TOME, "lower": "eager"}), pixels(batch))
+            torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_dynamic_batch_from_the_start() -> None:
@@ -124,18 +125,33 @@ def test_two_recipes_live_side_by_side() -> None:
 
 
 class Broken(nn.Module):
-    """Ten graphs: a break after each of nine blocks."""
+    """Ten graphs: a break before each of the last nine steps."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(10))
+        self.steps = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(10))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i < 9:
-                torch._dynamo.graph_break()
-        return x
+        x = self.steps[0](x)
+        torch._dynamo.graph_break()
+        x = self.steps[1](x)
+        torch._dynamo.graph_break()
+        x = self.steps[2](x)
+        torch._dynamo.graph_break()
+        x = self.steps[3](x)
+        torch._dynamo.graph_break()
+        x = self.steps[4](x)
+        torch._dynamo.graph_break()
+        x = self.steps[5](x)
+        torch._dynamo.graph_break()
+        x = self.steps[6](x)
+        torch._dynamo.graph_break()
+        x = self.steps[7](x)
+        torch._dynamo.graph_break()
+        x = self.steps[8](x)
+        torch._dynamo.graph_break()
+        out: Tensor = self.steps[9](x)
+        return out
 
 
 def test_each_piece_of_a_broken_model_is_handled_on_its_own() -> None:
@@ -157,14 +173,11 @@ def test_fullgraph() -> None:
 
 
 def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
-    architecture = ARCHITECTURES["dinov2"]
-    model, inputs = architecture.model(torch.float32), architecture.example(2, torch.float32)
+    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval(), torch.randn(2, 24, 32)
     with torch.no_grad():
-        whole = model(**inputs)[0]
-        assert compiled(model)(**inputs)[0].shape == whole.shape
+        assert compiled(model)(x).shape == (2, 24, 32)
         torch._dynamo.reset()
-        layers = architecture.attention
-        assert compiled(model, outputs="reduced")(**inputs)[0].shape[1] == whole.shape[1] - 4 * layers
+        assert compiled(model, outputs="reduced")(x).shape == (2, 24 - 2 * 4, 32)
 
 
 # -- options and errors -----------------------------------------------------------------------------------------------
@@ -180,7 +193,7 @@ def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
         ({"recipe": "tome(rr=3)"}, ArgumentError, "'r'"),
         ({"recipe": "norm(ratio=1.0)"}, ArgumentError, r"\[0, 1\)"),
         ({"recipe": "norm(ratio=-0.1)"}, ArgumentError, r"\[0, 1\)"),
-        ({"recipe": "norm(keep=0.5, ratio=0.5)"}, ArgumentError, "one of them"),
+        ({"recipe": "norm(keep=0.5, ratio=0.5)"}, ArgumentError, "give one"),
         ({"recipe": "tome(r=13"}, RecipeError, "tome"),
         ({"recipe": "nowhere.yaml"}, RecipeError, "nowhere.yaml"),
     ],
@@ -263,7 +276,7 @@ def test_an_op_without_a_rule_is_restored_before_and_reported() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
-            x = x + torch.linalg.solve(torch.eye(24) * 2.0, x)
+            x = x + torch.cummax(x, 1).values
             out: Tensor = self.second(x)
             return out
 

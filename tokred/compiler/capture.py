@@ -144,6 +144,8 @@ def _restore_attributes(traced: fx.GraphModule, gm: fx.GraphModule, signature: A
 
 def _restore_mutations(traced: fx.GraphModule, signature: Any) -> None:
     """Functionalisation returns mutated inputs as extra leading outputs; write them back in place instead."""
+    if signature.input_tokens:
+        raise CaptureFailed("an op with side effects (it takes an effect token)")
     mutated = {**signature.buffers_to_mutate, **signature.parameters_to_mutate, **signature.user_inputs_to_mutate}
     output = traced.graph.output_node()
     results = list(output.args[0])

@@ -29,7 +29,8 @@ summary { cursor: pointer; padding: .2rem 0; } .dim { color: var(--dim); } .nowr
 tr.refused .what { color: var(--refused); } tr.acted .what { font-weight: 600; } .exact { color: var(--exact); }
 button { font: inherit; padding: .15rem .7rem; border: 1px solid var(--line); border-radius: 4px;
   background: var(--panel); color: inherit; cursor: pointer; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; width: 14rem; } figcaption { font-size: .9rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; width: 14rem; }
+figcaption { font-size: .9rem; }
 .picture { width: 100%; height: auto; display: block; background: var(--panel); }
 .picture image { image-rendering: pixelated; } .cell { stroke: #0000; stroke-width: .02; }
 .cell.kept { fill: #0000; } .cell.kept.plain { fill: var(--before); }

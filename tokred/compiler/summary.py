@@ -63,7 +63,7 @@ def summarize(
 
 
 def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -> list[BlockReport]:
-    """`found` is what the user wrote, `blocks` what the exact passes left of it: there methods acted or were refused."""
+    """`found` is what the user wrote, `blocks` what the exact passes left of it, on which methods were tried."""
     now = {_identity(block): block for block in blocks.attentions}
     acted = {_identity(block): applied for block, applied in reduced.applied.items()}
     refused = {_identity(block): entry for block, entry in reduced.refused.items()}
