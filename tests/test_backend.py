@@ -64,7 +64,10 @@ def test_a_new_batch_size_compiles_once_more_and_then_never() -> None:
         assert len(tokred.reports().graphs) <= 2
         torch._dynamo.reset()
         for batch, result in zip((8, 16, 5), results, strict=True):
-            alone = logits(torch.compile(model, backend="tokred", dynamic=False, options={"recipe": TOME, "lower": "eager"}), pixels(batch))
+            alone = logits(
+                torch.compile(model, backend="tokred", dynamic=False, options={"recipe": TOME, "lower": "eager"}),
+                pixels(batch),
+            )
             torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -75,7 +78,7 @@ def test_dynamic_batch_from_the_start() -> None:
         for batch in (2, 7, 3):
             assert logits(fast, pixels(batch)).shape[0] == batch
     assert len(tokred.reports().graphs) == 1
-    assert [block.method is not None for block in tokred.reports().graphs[0].blocks if block.kind == "attention"][0]
+    assert tokred.reports().graphs[0].blocks[0].method is not None
 
 
 @pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
@@ -173,7 +176,10 @@ def test_fullgraph() -> None:
 
 
 def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
-    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval(), torch.randn(2, 24, 32)
+    model, x = (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval(),
+        torch.randn(2, 24, 32),
+    )
     with torch.no_grad():
         assert compiled(model)(x).shape == (2, 24, 32)
         torch._dynamo.reset()
@@ -206,10 +212,10 @@ def test_bad_input_names_what_is_wrong(options: dict[str, Any], error: type[Exce
 
 
 def test_strict_turns_a_refusal_into_an_error() -> None:
-    with pytest.raises(Exception, match="no class token|class token"), torch.no_grad():
-        architecture = ARCHITECTURES["ijepa"]
-        fast = compiled(architecture.model(torch.float32), "evit(keep=0.5, layers=[1])", strict=True)
-        fast(**architecture.example(2, torch.float32))
+    architecture = ARCHITECTURES["ijepa"]
+    model, inputs = architecture.model(torch.float32), architecture.example(2, torch.float32)
+    with pytest.raises(Exception, match="class token"), torch.no_grad():
+        compiled(model, "evit(keep=0.5, layers=[1])", strict=True)(**inputs)
     assert issubclass(StrictError, tokred.TokredError)
 
 

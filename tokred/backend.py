@@ -23,7 +23,9 @@ log = logging.getLogger("tokred")
 _reports: list[GraphReport] = []
 
 
-def backend(gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def backend(
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """`torch.compile(model, backend="tokred", options={...})`.
 
     Raises OptionError and RecipeError for bad input, StrictError under `strict=True`; anything else that cannot be
@@ -56,8 +58,16 @@ def _folder(dump: Path) -> Path:
     return dump / f"graph_{len(_reports):02d}" if len(_reports) else dump
 
 
-def compile(model: Any, recipe: Any = None, *, mode: str | None = None, fullgraph: bool = False, dynamic: bool | None = None, **options: Any) -> Any:
-    """`torch.compile(model, backend="tokred")` with the recipe as an argument; other keywords are the backend's options.
+def compile(
+    model: Any,
+    recipe: Any = None,
+    *,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Any:
+    """`torch.compile(model, backend="tokred")` with the recipe as an argument; other keywords are its options.
 
     Unlike torch.compile, bad options are raised here and not at the first call. (`mode` goes to Inductor unchanged.)
     """

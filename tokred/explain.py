@@ -30,11 +30,10 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
         graphs.append(done.report)
         return _traced(done, gm)
 
-    from torch._dynamo.eval_frame import innermost_fn
-
-    plain = innermost_fn(model.forward).__self__ if isinstance(model, torch._dynamo.OptimizedModule) else model
+    plain = getattr(model, "_orig_mod", model)  # a model that is compiled already is explained as it was before
     with torch.no_grad():
-        torch.compile(plain, backend=backend, dynamic=False)(*args, **kwargs)
+        compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
+        compiled(*args, **kwargs)
     return Report(graphs)
 
 

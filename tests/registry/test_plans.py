@@ -1,5 +1,7 @@
 """The methods that tests/reference has no oracle for (random, norm, pool, tomesd), against plain loops in float64."""
 
+from math import ceil
+
 import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, scaled_dot_product_attention
@@ -153,3 +155,32 @@ def test_tomesd_in_a_model_is_a_round_trip_around_each_attention():
     assert [applied.after for applied in run.applied] == [19, 19, 19]
     torch.testing.assert_close(got["tokens"], x, **EXACT)
     torch.testing.assert_close(got["logits"], model.head(x[:, 0]), **EXACT)
+
+
+def test_tokens_pruned_in_several_layers_keep_their_last_value():
+    torch.manual_seed(0)
+    model = TinyViT().double().eval()
+    pixels = torch.randn(2, 3, 12, 12).double()
+    function, run = compiled(model, method("norm(keep=0.5, layers=[0, 1, 2])"))
+    with torch.no_grad():
+        got = function(pixels)
+        x = model.patch(pixels).flatten(2).transpose(1, 2)
+        full = torch.cat([model.first.expand(2, -1, -1), x], 1) + model.places  # [B 37 C] the last value of each token
+        alive = torch.arange(37).expand(2, -1)
+        for block in model.blocks:
+            x = torch.stack([full[b, alive[b]] for b in range(2)])
+            qkv = block.qkv(block.norm1(x)).view(2, x.shape[1], 3, 4, 8).permute(2, 0, 3, 1, 4)
+            x = x + block.out(scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+            for b in range(2):
+                full[b, alive[b]] = x[b]
+            longest = [sorted(range(1, x.shape[1]), key=lambda i, b=b: -x[b, i].norm().item()) for b in range(2)]
+            kept = [order[: ceil((x.shape[1] - 1) / 2)] for order in longest]
+            rows = torch.tensor([[0, *sorted(row)] for row in kept])
+            alive = alive.gather(1, rows)
+            for b in range(2):
+                y = full[b, alive[b]]
+                full[b, alive[b]] = y + block.mlp(block.norm2(y))
+        expected = model.norm(full)
+    assert [applied.after for applied in run.applied] == [19, 10, 6]
+    torch.testing.assert_close(got["tokens"], expected, **EXACT)
+    torch.testing.assert_close(got["logits"], model.head(expected[:, 0]), **EXACT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -12,7 +12,12 @@ __all__ = ["lower"]
 
 
 def lower(
-    gm: fx.GraphModule, example_inputs: list[Any], how: str, *, mode: str | None = None, patches: dict[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    how: str,
+    *,
+    mode: str | None = None,
+    patches: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile `gm`. `patches` and what `mode` stands for are Inductor settings for this compilation alone."""
     if how == "eager":
@@ -26,5 +31,4 @@ def lower(
 
     settings = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     settings.update(patches or {})
-    result: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=settings or None)
-    return result
+    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=settings or None))

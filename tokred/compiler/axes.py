@@ -1,6 +1,6 @@
 """Which dimensions of a graph index the same thing: union-find over dimensions, from the op rules alone.
 
-Every dimension is a product of atoms. A view splits atoms into factors (the common refinement of both shapes), an op that
+Every dimension is a product of atoms. A view splits atoms into factors (both shapes' common refinement), an op that
 works element by element makes dimensions equal, a slice is a new atom that remembers its parent. Sizes never count as
 evidence: two axes of equal size are different axes unless an op says otherwise.
 """
@@ -60,16 +60,16 @@ class Axes:
 
     def _visit(self, node: fx.Node) -> None:
         if node.target is operator.getitem and node.args[0] in self._dims:
-            results = self._dims[node.args[0]]  # type: ignore[index]
+            known = self._dims[node.args[0]]  # type: ignore[index]
             index = node.args[1]
-            if isinstance(index, int) and index < len(results):
-                self._dims[node] = [results[index]]
+            if isinstance(index, int) and index < len(known):
+                self._dims[node] = [known[index]]
             return
         value = node.meta.get("val")
-        results = list(value) if isinstance(value, (list, tuple)) else [value]
+        results: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         if node.op == "output" or not all(isinstance(r, torch.Tensor) for r in results):
             return
-        dims = [[() if same(size, 1) else (Atom(size),) for size in r.shape] for r in results]
+        dims: list[list[Dim]] = [[() if same(size, 1) else (Atom(size),) for size in r.shape] for r in results]
         self._dims[node] = dims
         if node.op != "call_function":
             return

@@ -29,6 +29,8 @@ from tokred.compiler.relations import (
 
 aten = torch.ops.aten
 
+Relations = list[Link | Window | Join | Reshape]
+
 rule(
     aten.dropout.default,
     aten.native_dropout.default,
@@ -71,7 +73,13 @@ def matmul(op: Op) -> Flow:
     left = "k" if a == 1 else "* n k"
     right = "k" if b == 1 else "* k m"
     out = " ".join(["*"] * (max(a, b) > 2) + ["n"] * (a > 1) + ["m"] * (b > 1))
-    return [*einlinks(op, {"self": left if a > 2 else left.replace("* ", ""), "other": right if b > 2 else right.replace("* ", "")}, out)]
+    return [
+        *einlinks(
+            op,
+            {"self": left if a > 2 else left.replace("* ", ""), "other": right if b > 2 else right.replace("* ", "")},
+            out,
+        )
+    ]
 
 
 @rule(aten.bmm.default)
@@ -100,7 +108,7 @@ def attention(op: Op) -> Flow:
     rank = len(op.shape("key"))
     ins = {"query": "* n d", "key": "* m d", "value": "* m e", "attn_mask": "* n m"}
     links = einlinks(op, ins, "* n e")
-    return [replace(link, kind=Kind.ATTEND) if link.ins[0][::2] == ("key", rank - 2) else link for link in links]
+    return [replace(link, kind=Kind.ATTEND) if link.ins[0] == Slot("key", 0, rank - 2) else link for link in links]
 
 
 @rule(aten.einsum.default)
@@ -113,7 +121,9 @@ def einsum(op: Op) -> Flow:
         for dim, letter in enumerate(spec):
             letters.setdefault(letter, []).append(Slot("tensors", index, dim))
     return [
-        Link(Kind.EACH, tuple(slots), ((0, right.index(letter)),)) if letter in right else Link(Kind.CONTRACT, tuple(slots))
+        Link(Kind.EACH, tuple(slots), ((0, right.index(letter)),))
+        if letter in right
+        else Link(Kind.CONTRACT, tuple(slots))
         for letter, slots in letters.items()
     ]
 
@@ -137,7 +147,9 @@ def batch_norm(op: Op) -> Flow:
     return each(op, {i: i for i in range(rank)}, "input")  # [b c ..] -> [b c ..]
 
 
-@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten._safe_softmax.default)
+@rule(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten._safe_softmax.default
+)
 def softmax(op: Op) -> Flow:
     along = op.dim()
     links = each(op, {i: i for i in range(len(op.shape("self"))) if i != along})
@@ -147,11 +159,11 @@ def softmax(op: Op) -> Flow:
 def _reduction(kind: Kind) -> Any:
     def reduction(op: Op) -> Flow:
         rank = len(op.shape("self"))
-        dims = op.arguments.get("dim")
-        dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        given: Any = op.arguments.get("dim")
+        dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
         reduced = {int(d) % max(rank, 1) for d in dims}
         keep = bool(op.arguments.get("keepdim", False))
-        links: Flow = []
+        links: Relations = []
         place = 0
         for i in range(rank):
             if i in reduced:
@@ -170,13 +182,21 @@ rule(aten.sum.dim_IntList, aten.sum.default)(_reduction(Kind.SUM))
 rule(aten.amax.default, aten.amin.default, aten.any.dim, aten.any.dims, aten.all.dim)(_reduction(Kind.MAX))
 
 
-@rule(aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default, aten.topk.default, aten.sort.default, aten.argsort.default)
+@rule(
+    aten.max.dim,
+    aten.min.dim,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.topk.default,
+    aten.sort.default,
+    aten.argsort.default,
+)
 def along_one_dim(op: Op) -> Flow:
     if op.arguments.get("dim") is None:
         return []
     along, rank = op.dim(), len(op.shape("self"))
     drops = len(op.out_shape()) < rank
-    links: Flow = []
+    links: Relations = []
     for result in range(len(op.results)):
         links += each(op, {i: i - (drops and i > along) for i in range(rank) if i != along}, result=result)
     return links
@@ -184,7 +204,7 @@ def along_one_dim(op: Op) -> Flow:
 
 @rule(aten.cumsum.default, aten.cumprod.default, aten.flip.default, aten.roll.default, aten.glu.default)
 def mixes_some_dims(op: Op) -> Flow:
-    dims = op.arguments.get("dims", op.arguments.get("dim"))
+    dims: Any = op.arguments.get("dims", op.arguments.get("dim"))
     mixed = {int(d) % len(op.shape("self")) for d in ([dims] if isinstance(dims, int) else dims)}
     return each(op, {i: i for i in range(len(op.shape("self"))) if i not in mixed})
 
@@ -205,7 +225,9 @@ def transpose(op: Op) -> Flow:
 @rule(aten.t.default, aten.mT.default)
 def t(op: Op) -> Flow:
     rank = len(op.shape("self"))
-    return each(op, {d: d for d in range(rank - 2)} | ({rank - 2: rank - 1, rank - 1: rank - 2} if rank > 1 else {0: 0}))
+    return each(
+        op, {d: d for d in range(rank - 2)} | ({rank - 2: rank - 1, rank - 1: rank - 2} if rank > 1 else {0: 0})
+    )
 
 
 @rule(aten.permute.default)
@@ -224,7 +246,7 @@ def unsqueeze(op: Op) -> Flow:
 @rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 def squeeze(op: Op) -> Flow:
     shape = op.shape("self")
-    dims = op.arguments.get("dim", range(len(shape)))
+    dims: Any = op.arguments.get("dim", range(len(shape)))
     dims = [dims] if isinstance(dims, int) else dims
     gone = {d % len(shape) for d in dims if same(shape[d], 1)}
     kept = [i for i in range(len(shape)) if i not in gone]
@@ -258,7 +280,7 @@ def view(op: Op) -> Flow:
 @rule(aten.slice.Tensor)
 def slice_(op: Op) -> Flow:
     shape, along = op.shape("self"), op.dim()
-    links: Flow = [*each(op, {i: i for i in range(len(shape)) if i != along})]
+    links: Relations = [*each(op, {i: i for i in range(len(shape)) if i != along})]
     start, stop = _bounds(op, shape[along])
     if same(op.number("step"), 1):
         links.append(_window(Slot("self", 0, along), start, stop, (0, along), shape[along]))
@@ -290,14 +312,14 @@ def select(op: Op) -> Flow:
     index = op.number("index")
     if isinstance(index, int) and index < 0:
         index = index + shape[along]
-    links: Flow = [*each(op, {i: i - (i > along) for i in range(len(shape)) if i != along})]
+    links: Relations = [*each(op, {i: i - (i > along) for i in range(len(shape)) if i != along})]
     return [*links, Window(Slot("self", 0, along), index, index + 1, None)]
 
 
 @rule(aten.unbind.int)
 def unbind(op: Op) -> Flow:
     shape, along = op.shape("self"), op.dim()
-    links: Flow = []
+    links: Relations = []
     for r in range(len(op.results)):
         links += each(op, {i: i - (i > along) for i in range(len(shape)) if i != along}, result=r)
         links.append(Window(Slot("self", 0, along), r, r + 1, None))
@@ -307,7 +329,7 @@ def unbind(op: Op) -> Flow:
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
 def split(op: Op) -> Flow:
     shape, along = op.shape("self"), op.dim()
-    links: Flow = []
+    links: Relations = []
     start: Any = 0
     for r in range(len(op.results)):
         stop = start + op.out_shape(r)[along]
@@ -322,7 +344,7 @@ def cat(op: Op) -> Flow:
     rank = len(op.out_shape())
     along = int(op.number("dim")) % rank
     parts = [(i, node) for _, i, node in op.tensors() if node.meta["val"].dim() == rank]  # an empty cache is rank one
-    links: Flow = [
+    links: Relations = [
         Link(Kind.EACH, tuple(Slot("tensors", i, d) for i, _ in parts), ((0, d),)) for d in range(rank) if d != along
     ]
     return [*links, Join(tuple(Slot("tensors", i, along) for i, _ in parts), (0, along))]
@@ -348,7 +370,7 @@ def embedding(op: Op) -> Flow:
 @rule(aten.gather.default)
 def gather(op: Op) -> Flow:
     along, rank = op.dim(), len(op.shape("self"))
-    links: Flow = []
+    links: Relations = []
     for d in range(rank):
         slots = (Slot("index", 0, d),) if d == along else (Slot("self", 0, d), Slot("index", 0, d))
         if d == along or same(op.shape("self")[d], op.shape("index")[d]):
@@ -359,17 +381,23 @@ def gather(op: Op) -> Flow:
 @rule(aten.index_select.default)
 def index_select(op: Op) -> Flow:
     along = op.dim()
-    links: Flow = [*each(op, {i: i for i in range(len(op.shape("self"))) if i != along})]
+    links: Relations = [*each(op, {i: i for i in range(len(op.shape("self"))) if i != along})]
     return [*links, *each(op, {0: along}, "index")]
 
 
-@rule(aten.masked_scatter.default, aten.slice_scatter.default, aten.select_scatter.default, aten.scatter.value, aten.scatter.src)
+@rule(
+    aten.masked_scatter.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.scatter.value,
+    aten.scatter.src,
+)
 def scatter(op: Op) -> Flow:
     along = op.dim() if "dim" in op.arguments else None
     rank = len(op.shape("self"))
     if along is None:
         return []
-    links: Flow = []
+    links: Relations = []
     for d in range(rank):
         if d == along:
             continue
@@ -388,7 +416,7 @@ def index(op: Op) -> Flow:
     used = [d for d, item in enumerate(indices) if item is not None]
     if len(used) != 1 or len(op.shape("indices", used[0])) != 1:
         return []
-    links: Flow = [*each(op, {i: i for i in range(len(op.shape("self"))) if i != used[0]})]
+    links: Relations = [*each(op, {i: i for i in range(len(op.shape("self"))) if i != used[0]})]
     return links
 
 

@@ -119,7 +119,9 @@ def renumber(blocks: Blocks, original: Blocks) -> Blocks:
         block.layer, block.depth, block.module, block.source = before.layer, before.depth, before.module, before.source
         if block.form == "pool" and before.form != "pool":
             block.form, block.tokens = before.form, 1
-            reason = f"only one of its {before.tokens} tokens is read afterwards, and the others are not computed any more"
+            reason = (
+                f"only one of its {before.tokens} tokens is read afterwards, and the others are not computed any more"
+            )
             block.refusal = Refusal("dead-tokens", reason, block.refusal.where if block.refusal else "")
     return blocks
 
@@ -137,7 +139,9 @@ def is_parameter(node: Any) -> bool:
 def _anchored(node: fx.Node, axes: Axes) -> Attention | None:
     if node.target is SDPA:
         op = Op(node)
-        return _attention(node, op["query"], op["key"], op["value"], op["attn_mask"], op["scale"], bool(op["is_causal"]), axes)
+        return _attention(
+            node, op["query"], op["key"], op["value"], op["attn_mask"], op["scale"], bool(op["is_causal"]), axes
+        )
     if node.target not in SOFTMAX or not axes.knows(node):
         return None
     scores = _product_behind(node)
@@ -189,7 +193,9 @@ def _product_behind(softmax: fx.Node) -> fx.Node | None:
         seen.add(node)
         if node.target in PRODUCTS:
             products.append(node)
-        elif node.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        elif node.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(
+            node.target, "tags", ()
+        ):
             queue += [n for n in node.all_input_nodes if tensor_meta(n) is not None]
     scores = tensor_meta(softmax)
     assert scores is not None
@@ -266,7 +272,9 @@ def _product_ahead(softmax: fx.Node, axes: Axes) -> fx.Node | None:
                 left = _factors(user)[0]
                 if left is node and axes.of(left)[-1] == keys and keys not in axes.of(user):
                     return user
-            elif user.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(user.target, "tags", ()):
+            elif user.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(
+                user.target, "tags", ()
+            ):
                 queue.append(user)
     return None
 
@@ -299,7 +307,9 @@ def _place_on_stream(block: Attention, axes: Axes, order: dict[fx.Node, int], an
     block.token_dim = places[0]
     rest = [d for d in range(len(dims)) if d != block.token_dim][:-1]
     if len(dims) != 3 or len(rest) != 1 or block.token_dim == 2:
-        block.refusal = Refusal("layout", f"the residual stream has {len(dims)} dimensions, not samples, tokens, channels", where)
+        block.refusal = Refusal(
+            "layout", f"the stream has {len(dims)} dimensions, not samples, tokens, channels", where
+        )
         return
     block.batch_dim = rest[0]
     block.stream = join
@@ -316,13 +326,15 @@ def _misplaced(tokens: Dim, dims: list[Dim], where: str) -> Refusal:
     if all(atom in flat for atom in tokens):
         holders = [dim for dim in dims if any(atom in tokens for atom in dim)]
         if any(atom not in tokens for dim in holders for atom in dim):
-            return Refusal("window", f"attention runs inside windows of {sizes} tokens that are cut from a larger grid", where)
+            return Refusal(
+                "window", f"attention runs inside windows of {sizes} tokens that are cut from a larger grid", where
+            )
         return Refusal("grid", f"the stream keeps its tokens as a grid of {sizes}, in {len(holders)} dimensions", where)
     return Refusal("stream-axis", "the tokens of the queries are not the tokens of the residual stream", where)
 
 
 def _join(block: Attention, order: dict[fx.Node, int], anchors: set[fx.Node]) -> fx.Node | None:
-    """The first residual addition downstream whose stream operand is older than the attention and none of its operands."""
+    """The first residual addition downstream whose stream is older than the attention and none of its operands."""
     anchor, own = block.anchor, (block.query, block.key, block.value)
     seen: set[fx.Node] = set()
     queue = list(anchor.users)
@@ -472,11 +484,22 @@ def _frontier(node: fx.Node, attentions: list[Attention]) -> tuple[list[fx.Node]
             continue
         if current.target in CONVOLUTIONS and Op(current)["groups"] == 1:
             return [], False, False  # a convolution over several places is a layer of its own
-        if current in anchors or current.target in PRODUCTS or residual_of(current) is not None or current.op == "placeholder":
+        if (
+            current in anchors
+            or current.target in PRODUCTS
+            or residual_of(current) is not None
+            or current.op == "placeholder"
+        ):
             return [], False, False
         activated |= current.target in ACTIVATIONS
-        product |= current.target is aten.mul.Tensor and len([n for n in current.all_input_nodes if not is_parameter(n)]) == 2
-        queue += [n for n in current.all_input_nodes if tensor_meta(n) is not None or isinstance(n.meta.get("val"), (list, tuple))]
+        product |= (
+            current.target is aten.mul.Tensor and len([n for n in current.all_input_nodes if not is_parameter(n)]) == 2
+        )
+        queue += [
+            n
+            for n in current.all_input_nodes
+            if tensor_meta(n) is not None or isinstance(n.meta.get("val"), (list, tuple))
+        ]
     packed = product and len(ups) == 1 and any(n.target in _SPLITS for n in seen if isinstance(n, fx.Node))
     return ups, activated, packed
 
@@ -493,4 +516,3 @@ def _times_sizes(sizes: Any) -> Any:
     for size in sizes:
         total = total * size
     return total
-

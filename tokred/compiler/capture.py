@@ -1,13 +1,14 @@
-"""Dynamo's graph -> one functional, pre-dispatch ATen graph: few spellings, still differentiable, every node with fake metadata."""
+"""Dynamo's graph -> one functional, pre-dispatch ATen graph: few spellings, differentiable, all nodes with metadata."""
 
 from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -35,14 +36,17 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     if detect_fake_mode(inputs) is None:
         raise CaptureFailed("no tensor among the inputs")
     try:
-        traced, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+        exported = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    traced, signature = cast(fx.GraphModule, exported[0]), exported[1]
     _restore_attributes(traced, gm, signature)
     _restore_mutations(traced, signature)
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
         new.meta["source_name"] = old.name
-        new.meta["is_parameter"] = isinstance(old.meta.get("example_value"), torch.nn.Parameter) or _is_module_state(old)
+        new.meta["is_parameter"] = isinstance(old.meta.get("example_value"), torch.nn.Parameter) or _is_module_state(
+            old
+        )
         if isinstance(old.meta.get("example_value"), torch.SymInt):
             new.meta["val"] = old.meta["example_value"]
     for node in list(traced.graph.nodes):
@@ -70,7 +74,7 @@ def trace_into(graph: fx.Graph, function: Any, args: tuple[Any, ...]) -> Any:
         return result
 
     fakes = [node.meta["val"] for node in nodes]
-    with torch.no_grad(), torch._dispatch.python.enable_python_dispatcher(), detect_fake_mode(fakes) or nullcontext():
+    with torch.no_grad(), enable_python_dispatcher(), detect_fake_mode(fakes) or nullcontext():
         traced = make_fx(flat_function, pre_dispatch=True)(*fakes)
     env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     result: list[Any] = []
@@ -78,7 +82,9 @@ def trace_into(graph: fx.Graph, function: Any, args: tuple[Any, ...]) -> Any:
         if node.op == "output":
             result = [env[out] if isinstance(out, fx.Node) else out for out in node.args[0]]
         elif node.op == "get_attr":
-            raise ValueError("a method may not create constant tensors from Python data; use torch.arange or torch.full")
+            raise ValueError(
+                "a method may not create constant tensors from Python data; use torch.arange or torch.full"
+            )
         elif node.op != "placeholder" and node.target not in NOISE:
             env[node] = graph.node_copy(node, env.__getitem__)
     return torch.utils._pytree.tree_unflatten(result, out_spec)
@@ -116,7 +122,7 @@ def clean_path(path: str) -> str:
 
 
 def _is_module_state(node: fx.Node) -> bool:
-    """Parameters and buffers of modules reach a Dynamo graph as placeholders named after their place in the module tree."""
+    """Dynamo names placeholders of parameters and buffers after their place in the module tree."""
     return "_parameters_" in node.name or "_buffers_" in node.name
 
 
@@ -148,7 +154,7 @@ def _restore_mutations(traced: fx.GraphModule, signature: Any) -> None:
         raise CaptureFailed("an op with side effects (it takes an effect token)")
     mutated = {**signature.buffers_to_mutate, **signature.parameters_to_mutate, **signature.user_inputs_to_mutate}
     output = traced.graph.output_node()
-    results = list(output.args[0])
+    results = list(cast(tuple[Any, ...], output.args[0]))
     extra = len(results) - len(signature.user_outputs)
     if extra != len(mutated):
         raise CaptureFailed("two mutated inputs end in the same value")

@@ -1,4 +1,4 @@
-"""Is an attention causal? Its flag says so, or its mask does: the mask's own small graph is run once, on nothing masked out."""
+"""Is an attention causal? Its flag says so, or its mask: the mask's own small graph is run once, hiding nothing."""
 
 from __future__ import annotations
 

@@ -166,9 +166,7 @@ class Gate:
 class _Site:
     """One cut and what follows from it."""
 
-    def __init__(
-        self, block: Attention, method: Reduction, now: int, removed: int, suffix: Suffix, symbols: Symbols
-    ):
+    def __init__(self, block: Attention, method: Reduction, now: int, removed: int, suffix: Suffix, symbols: Symbols):
         self.block, self.now, self.removed, self.suffix, self.symbols = block, now, removed, suffix, symbols
         self.trip = method.scope == "round_trip"
         self.cut = block.entry if self.trip else block.stream

@@ -1,8 +1,8 @@
-"""The rewrite: run the captured graph once, node by node, into a new graph in which token axes change length on the way.
+"""The rewrite: run the captured graph once, node by node, into a new one in which token axes change length on the way.
 
 Each value carries, for each dimension, the stage of the token axis that it is at. When an op's inputs are at different
-stages, the older ones are brought forward through the token maps; where an op cannot run on a reduced axis its inputs are
-restored first. Nothing that never meets a reduced axis is touched.
+stages, the older ones are brought forward through the token maps; where an op cannot run on a reduced axis its inputs
+are restored first. Nothing that never meets a reduced axis is touched.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from tokred.compiler.capture import source_line, tensor_meta
 from tokred.compiler.record import record
@@ -37,7 +38,13 @@ __all__ = ["Lift", "ShapeMismatch", "Value"]
 aten = torch.ops.aten
 
 ADDITIVE = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.add_.Tensor, aten.lerp.Scalar}
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -84,7 +91,9 @@ class Lift:
         if node.target is operator.getitem and isinstance(self.env.get(node.args[0]), list):  # type: ignore[arg-type]
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
             return
-        values = {key: value for key in node.all_input_nodes if isinstance(value := self._input(key, node), (Value, list))}
+        values = {
+            key: value for key in node.all_input_nodes if isinstance(value := self._input(key, node), (Value, list))
+        }
         if not any(_is_staged(value) for value in values.values()):
             self.env[node] = self._copy(node)
             return
@@ -158,19 +167,19 @@ class Lift:
             for dim, place, rows in rows_of(before)
             if isinstance(goal := after[dim][place], Rows) and goal.stage is not rows.stage
         ]
-        for dim, place, now, goal in moves:
-            common = now if now in goal.chain else goal
-            if common not in now.chain or common not in goal.chain:
+        for dim, place, now, then in moves:
+            common = now if now in then.chain else then
+            if common not in now.chain or common not in then.chain:
                 raise _CannotAlign("two reductions of one axis meet")
             value = self._back(value, dim, common)
-            for stage in goal.chain[goal.chain.index(common) + 1 :]:
+            for stage in then.chain[then.chain.index(common) + 1 :]:
                 if stage.map.per_sample:
                     value, dim = self._with_batch(op, key, value, dim, step)
                 value = self._forward(value, dim, place, stage, self._role(op, key, value, dim))
         return value
 
     def _role(self, op: Op, key: tuple[str, int], value: Value, dim: int) -> str:
-        """How side inputs are combined: added features by mean, key visibility by any, everything else by representative."""
+        """How side inputs are combined: added features by mean, key visibility by any, the rest by representative."""
         dtype = value.node.meta["val"].dtype
         if dtype == torch.bool:
             return "any" if op.target is ATTENTION and dim == len(value.shape) - 1 else "pick"
@@ -178,7 +187,7 @@ class Lift:
         return "reduce" if op.target in ADDITIVE and dtype.is_floating_point and not several else "pick"
 
     def _with_batch(self, op: Op, key: tuple[str, int], value: Value, dim: int, step: Advance) -> tuple[Value, int]:
-        """Give a side input without a batch dimension one, where broadcasting expects it: gathered rows differ per sample."""
+        """Give a side input a batch dimension where broadcasting expects it: gathered rows differ per sample."""
         if any(isinstance(f, Batch) for factors in value.layout.values() for f in factors):
             return value, dim
         for slot, factors in step.broadcast:
@@ -204,7 +213,9 @@ class Lift:
             assert isinstance(rows, Rows) and stage.parent is rows.stage
             made = Rows(stage, rows.lo, rows.hi, rows.weighted)
             node = self._along(value, dim, place, lambda x, m: getattr(m, role)(x), stage, rows)
-            layout = dict(value.layout) | {dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))}
+            layout = dict(value.layout) | {
+                dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))
+            }
             self._memo[memo_key] = Value(node, layout, value.origin)
         return self._memo[memo_key]
 
@@ -225,7 +236,9 @@ class Lift:
             if key not in self._memo:
                 assert stage.parent is not None
                 made = Rows(stage.parent, rows.lo, rows.hi, rows.weighted)
-                layout = dict(value.layout) | {dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))}
+                layout = dict(value.layout) | {
+                    dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))
+                }
                 stale = None if stage.map.restorable else self._stale(value, dim, stage, layout)
                 node = self._along(value, dim, place, lambda y, m, s: m.restore(y, s), stage, rows, stale)
                 self._memo[key] = Value(node, layout, value.origin)
@@ -260,7 +273,7 @@ class Lift:
     def _along(
         self, value: Value, dim: int, place: int, apply: Any, stage: Stage, rows: Rows, stale: Value | None = None
     ) -> fx.Node:
-        """Apply a map's method along one factor of one dimension: lay the value out as [B N rest], apply, lay it back."""
+        """Apply a map's method along one factor of one dimension: lay out as [B N rest], apply, lay back."""
         factors: list[Factor] = []
         owner: list[int] = []
         for d, size in enumerate(value.shape):
@@ -285,9 +298,13 @@ class Lift:
             x = x.reshape([count if i == token else s for i, s in enumerate(sizes)]).permute(order)
             return x.reshape([x.shape[0], x.shape[1], -1] if batch is not None else [1, x.shape[0], -1])
 
-        def function(x: torch.Tensor, token_map: Any, old: torch.Tensor | None) -> torch.Tensor:
+        def function(x: torch.Tensor, token_map: Any, old: torch.Tensor | None) -> Any:
             part = token_map.window(lo, hi, length) if lo or hi else token_map
-            arguments = [lay_out(x, sizes[token]), part] if old is None else [lay_out(x, sizes[token]), part, lay_out(old, length - lo - hi)]
+            arguments = (
+                [lay_out(x, sizes[token]), part]
+                if old is None
+                else [lay_out(x, sizes[token]), part, lay_out(old, length - lo - hi)]
+            )
             y = apply(*arguments) if len(arguments) == 3 or apply.__code__.co_argcount == 2 else apply(*arguments, None)
             if simple and rank == 3:
                 return y
@@ -297,7 +314,8 @@ class Lift:
                 shape[d] = shape[d] * y.shape[i]
             return y.reshape(shape)
 
-        return self.emit(function, value.node, stage.map, None if stale is None else stale.node)
+        result: fx.Node = self.emit(function, value.node, stage.map, None if stale is None else stale.node)
+        return result
 
     # -- ops that know about tokens -----------------------------------------------------------------------------------
 
@@ -325,7 +343,12 @@ class Lift:
             bias = bias[:, max(lo, 0) : bias.shape[1] - max(hi, 0)]
             if lo < 0 or hi < 0:
                 bias = torch.nn.functional.pad(bias, (max(-lo, 0), max(-hi, 0)))
-            return bias.reshape([*shape, bias.shape[1]]).expand([*wide, bias.shape[1]]).reshape([*merged, bias.shape[1]]).to(dtype)
+            return (
+                bias.reshape([*shape, bias.shape[1]])
+                .expand([*wide, bias.shape[1]])
+                .reshape([*merged, bias.shape[1]])
+                .to(dtype)
+            )
 
         key = ("bias", lo, hi, str(lead), dtype)
         if key not in rows.stage.cache:
@@ -340,7 +363,9 @@ class Lift:
             op.arguments["is_causal"] = op["is_causal"] and rows.stage.head > 0
         return op
 
-    def _weigh_attention(self, op: Op, ready: dict[tuple[str, int], Value], nodes: dict[tuple[str, int], fx.Node]) -> None:
+    def _weigh_attention(
+        self, op: Op, ready: dict[tuple[str, int], Value], nodes: dict[tuple[str, int], fx.Node]
+    ) -> None:
         """Proportional attention: merged keys weigh as many as they are (ToMe, equation 1)."""
         key = ready["key", 0]
         rank = len(key.shape)
@@ -361,7 +386,9 @@ class Lift:
 
         nodes["attn_mask", 0] = self.emit(with_bias, bias, old)
 
-    def _weigh_softmax(self, ready: dict[tuple[str, int], Value], nodes: dict[tuple[str, int], fx.Node], rows: Rows) -> None:
+    def _weigh_softmax(
+        self, ready: dict[tuple[str, int], Value], nodes: dict[tuple[str, int], fx.Node], rows: Rows
+    ) -> None:
         if not rows.stage.prop_attn or rows.stage.size is None:
             return
         value = ready["self", 0]
@@ -373,7 +400,7 @@ class Lift:
         nodes["self", 0] = self.emit(lambda x, b: x + b.movedim(-1, dim), value.node, bias)
 
     def _weighted_mean(self, op: Op, ready: dict[tuple[str, int], Value], step: Advance) -> Any:
-        """Mean (or sum) over tokens as the mean over the restored tokens; over kept ones where some are gone for good."""
+        """Mean (or sum) over tokens is that over the restored tokens; over kept ones where some are gone for good."""
         rows = step.weighted_mean
         assert rows is not None
         ((key, value),) = ready.items()
@@ -414,7 +441,9 @@ class Lift:
 
                 def function(m: Any, w: torch.Tensor | None, length: Any = length) -> torch.Tensor:
                     part = m.window(rows.lo, rows.hi, length) if rows.lo or rows.hi else m
-                    index = part.keep if hasattr(part, "keep") else part.matrix if hasattr(part, "matrix") else part.index
+                    index = (
+                        part.keep if hasattr(part, "keep") else part.matrix if hasattr(part, "matrix") else part.index
+                    )
                     if w is None:
                         w = torch.ones((index.shape[0], length - rows.lo - rows.hi), device=index.device)
                     pulled: torch.Tensor = part.pull(w)
@@ -431,7 +460,9 @@ class Lift:
         value = ready["self", 0]
         windows = [relation for relation in flow_of(op) or [] if isinstance(relation, (Window, Link))]
         for result in range(len(op.results)):
-            window = next((w for w in windows if isinstance(w, Window) and self._window_result(op, w, windows) == result), None)
+            window = next(
+                (w for w in windows if isinstance(w, Window) and self._window_result(op, w, windows) == result), None
+            )
             if window is None or value.layout.get(window.source.dim) is None:
                 return self._call(op, {key: v.node for key, v in ready.items()}, step.outs)
             dim = window.source.dim
@@ -466,7 +497,9 @@ class Lift:
                 arguments[name] = [node if i == index else item for i, item in enumerate(value)]
             else:
                 arguments[name] = node
-        arguments = fx.map_arg(arguments, lambda n: self._node(self.env[n]) if n in self.env and n.graph is not self.graph else n)
+        arguments = fx.map_arg(
+            arguments, lambda n: self._node(self.env[n]) if n in self.env and n.graph is not self.graph else n
+        )
         target: Any = op.target
         if target in VIEWS:
             target, arguments = aten.reshape.default, {"self": arguments["self"], "shape": self._shape(op, outs[0])}
@@ -523,7 +556,15 @@ class Lift:
 
     # -- cuts ---------------------------------------------------------------------------------------------------------
 
-    def cut(self, node: fx.Node, batch_dim: int, token_dim: int, stage: Stage, reduced: fx.Node, consumers: list[fx.Node] | None) -> None:
+    def cut(
+        self,
+        node: fx.Node,
+        batch_dim: int,
+        token_dim: int,
+        stage: Stage,
+        reduced: fx.Node,
+        consumers: list[fx.Node] | None,
+    ) -> None:
         """Replace the value of `node` by its reduced form, for everyone or (a round trip) for some consumers."""
         value = self.env[node]
         batch = Batch(stage.root, value.shape[batch_dim])
@@ -539,7 +580,7 @@ class Lift:
             self.redirect[node, consumer] = made
 
     def finish(self, *, full: bool, extra: tuple[fx.Node, ...] = ()) -> fx.GraphModule:
-        """Append the output, restored unless the caller asked for reduced tokens; `extra` nodes are returned behind it."""
+        """Append the output, restored unless reduced tokens were asked for; `extra` nodes are returned behind it."""
         output = self.source.graph.output_node()
 
         def final(node: fx.Node) -> Any:
@@ -548,7 +589,8 @@ class Lift:
                 value = self.restore(value)
             return self._node(value)
 
-        self.graph.output((*fx.map_arg(output.args[0], final), *extra))
+        results: Any = fx.map_arg(output.args[0], final)
+        self.graph.output((*results, *extra))
         module = fx.GraphModule(self.source, self.graph)
         self.graph.eliminate_dead_code()
         module.recompile()
@@ -581,7 +623,11 @@ def _times(sizes: list[Any]) -> Any:
 def _row_by_row(op: Op) -> bool:
     """Whether each output row depends on the same row of the inputs alone, as far as the op's rule says."""
     flow = flow_of(op)
-    return flow is not None and all(not isinstance(r, Link) or r.kind in (Kind.EACH, Kind.CONTRACT) for r in flow) and op.target is not ATTENTION
+    return (
+        flow is not None
+        and all(not isinstance(r, Link) or r.kind in (Kind.EACH, Kind.CONTRACT) for r in flow)
+        and op.target is not ATTENTION
+    )
 
 
 def _agree(predicted: Any, real: Any) -> bool:
@@ -611,9 +657,12 @@ def _fake(node: fx.Node) -> Any:
     def value(n: fx.Node) -> Any:
         return n.meta["val"]
 
-    fake = next((t.fake_mode for n in node.all_input_nodes if (t := tensor_meta(n)) is not None and hasattr(t, "fake_mode")), None)
+    fake = next(
+        (t.fake_mode for n in node.all_input_nodes if (t := tensor_meta(n)) is not None and hasattr(t, "fake_mode")),
+        None,
+    )
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    with torch.no_grad(), torch._dispatch.python.enable_python_dispatcher():
+    with torch.no_grad(), enable_python_dispatcher():
         if fake is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         with fake:

@@ -12,7 +12,7 @@ from torch import fx
 
 from tokred.backends import lower
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Blocks, find_blocks, renumber
+from tokred.compiler.blocks import find_blocks, renumber
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
 from tokred.compiler.options import Options
@@ -116,7 +116,9 @@ def _transform(
     return Compiled(graph, report, changed=graph is not captured, applied=list(reduced.applied.values()))
 
 
-def _plugins(stage: str, options: Options, graph: fx.GraphModule, report: GraphReport, observe: Observer) -> fx.GraphModule:
+def _plugins(
+    stage: str, options: Options, graph: fx.GraphModule, report: GraphReport, observe: Observer
+) -> fx.GraphModule:
     """Plug-ins work on a copy, so that one that edits in place and then fails has changed nothing."""
     from tokred.passes import plugin_passes
 

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 def record(graph: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Call `function(*args)`, a pytree of nodes of `graph` among them, and append what it does to `graph`.
 
-    Returns the function's result with nodes in place of tensors; every node carries fake metadata. Raises ValueError for
+    Returns the function's result with nodes in place of tensors; each node carries fake metadata. Raises ValueError for
     a tensor that comes from nowhere (built from Python data, or captured by a closure).
     """
     flat, spec = _pytree.tree_flatten(args)
@@ -41,7 +41,7 @@ def record(graph: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...])
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: fx.Graph):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []  # ids stay unique only while their tensors live
@@ -63,7 +63,8 @@ class _Recorder(TorchDispatchMode):
     def _know(self, value: torch.Tensor, node: fx.Node) -> None:
         self.nodes[id(value)] = node
         self.alive.append(value)
-        for dim, size in enumerate(value.shape):
+        sizes: list[Any] = list(value.shape)
+        for dim, size in enumerate(sizes):
             if isinstance(size, torch.SymInt):
                 self.sizes.setdefault(size.node.expr, (node, dim))
 
@@ -92,7 +93,7 @@ class _Recorder(TorchDispatchMode):
 
     def _size(self, expr: sympy.Expr, value: Any = None) -> Any:
         """A run-time size as a node: read from a tensor that has it, or computed from others."""
-        if isinstance(expr, (sympy.Integer, int)):
+        if expr.is_Integer:
             return int(expr)
         if expr in self.sizes:
             tensor, dim = self.sizes[expr]

@@ -7,20 +7,37 @@ output slot is one dimension of one result. What a rule does not mention is mixe
 from __future__ import annotations
 
 import enum
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["Flow", "Join", "Kind", "Link", "Op", "Reshape", "Size", "Slot", "Window", "each", "einlinks", "flow_of", "has_rule", "pointwise", "rule", "same"]
+__all__ = [
+    "Flow",
+    "Join",
+    "Kind",
+    "Link",
+    "Op",
+    "Reshape",
+    "Size",
+    "Slot",
+    "Window",
+    "each",
+    "einlinks",
+    "flow_of",
+    "has_rule",
+    "pointwise",
+    "rule",
+    "same",
+]
 
 Size = Any  # int | torch.SymInt
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """One dimension of one tensor argument: the argument's schema name, its place in a list argument, the dimension."""
 
     name: str
@@ -75,7 +92,7 @@ class Reshape:
     name: str
 
 
-Flow = list[Link | Window | Join | Reshape]
+Flow = Sequence[Link | Window | Join | Reshape]
 
 
 class Op:
@@ -86,7 +103,7 @@ class Op:
         self.target: Any = node.target
         self.arguments = _bind(node)
         value = node.meta.get("val")
-        self.results = list(value) if isinstance(value, (list, tuple)) else [value]
+        self.results: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -183,7 +200,7 @@ def pointwise(op: Op) -> Flow:
 
 
 def einlinks(op: Op, ins: dict[str, str], out: str, result: int = 0) -> list[Link]:
-    """Relations in einsum's notation; `*` stands for leading dimensions that broadcast, a letter only in inputs is contracted.
+    """Relations in einsum's notation: `*` are leading dimensions that broadcast, a letter only in inputs is contracted.
 
     Dimensions of size one that broadcast against larger ones belong to no index and are left out.
     """
@@ -202,7 +219,11 @@ def einlinks(op: Op, ins: dict[str, str], out: str, result: int = 0) -> list[Lin
                     stretched[letter].append(Slot(name, index, dim))
                 continue  # broadcast, or (grouped heads) another index altogether
             slots.setdefault(letter, []).append(Slot(name, index, dim))
-        missing = [letter for letter in out_names if letter.startswith("*") and letter not in letters] if "*" in ins[name] else []
+        missing = (
+            [letter for letter in out_names if letter.startswith("*") and letter not in letters]
+            if "*" in ins[name]
+            else []
+        )
         for before, letter in enumerate(reversed(missing), 1):
             stretched[letter].append(Slot(name, index, -before))
     links = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class Report:
         return {"graphs": [_graph_json(graph) for graph in self.graphs]}
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained HTML file (blocks before and after, refusals, token pictures) and return its path."""
+        """Write one self-contained HTML file (blocks before and after, refusals, token pictures); returns its path."""
         from tokred.compiler.html import write_html
 
         return write_html(self, Path(path))
@@ -112,5 +112,5 @@ def _block_json(block: BlockReport) -> dict[str, Any]:
         "module": block.module,
         "tokens": list(block.tokens),
         "method": block.method,
-        "refusal": None if refusal is None else {"code": refusal.code, "reason": refusal.reason, "where": refusal.where},
+        "refusal": None if refusal is None else asdict(refusal),
     }

@@ -213,7 +213,7 @@ class _Step:
                     return "two inputs split this dimension differently"
         for i, factor in enumerate(merged):
             if isinstance(factor, Rows) and self.exit_of is not None and self.exit_of in factor.stage.exits:
-                merged[i] = replace(factor, stage=factor.stage.parent)
+                merged[i] = replace(factor, stage=factor.stage.parent or factor.stage)
         return tuple(merged)
 
     def window(self, window: Window) -> str | None:
@@ -233,7 +233,11 @@ class _Step:
             return None  # rows at the head, which are the root's own
         if isinstance(length, int) and rows.stage.protects(0, max(length - first, 0)):
             return None  # rows at the tail
-        if window.out is None or not isinstance(after_last, int) or not rows.stage.protects(max(first, 0), max(after_last, 0)):
+        if (
+            window.out is None
+            or not isinstance(after_last, int)
+            or not rows.stage.protects(max(first, 0), max(after_last, 0))
+        ):
             return f"{self.op.target} reads rows {start}:{stop} by position"
         result, dim = window.out
         self.result.outs[result][dim] = (Rows(rows.stage, first, after_last, rows.weighted),)

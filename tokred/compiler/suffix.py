@@ -35,7 +35,12 @@ class Suffix:
 
 
 def follow(
-    node: fx.Node, batch_dim: int, token_dim: int, *, consumers: list[fx.Node] | None = None, exits: frozenset[Any] = frozenset()
+    node: fx.Node,
+    batch_dim: int,
+    token_dim: int,
+    *,
+    consumers: list[fx.Node] | None = None,
+    exits: frozenset[Any] = frozenset(),
 ) -> Suffix:
     """Cut the tokens of `node` (for all consumers, or only for some, up to `exits`) and see what happens."""
     meta = tensor_meta(node)
@@ -146,5 +151,3 @@ def _only_parameters(node: fx.Node) -> bool:
                 seen.add(source)
                 queue.append(source)
     return True
-
-

@@ -20,7 +20,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2, to
 def verified(
     compiled: Callable[..., Any], stages: list[tuple[str, fx.GraphModule]], report: GraphReport
 ) -> Callable[..., Any]:
-    """Wrap a compiled graph: its first call compares each exact stage with the one before it, and the result with the last.
+    """Wrap a compiled graph: its first call compares each exact stage with the one before, the result with the last.
 
     The call raises VerifyError with the first stage that differs. Random ops (dropout in training) make stages differ.
     """
@@ -66,4 +66,6 @@ def _compare(left: list[Any], right: list[Any], what: str) -> None:
         scale = a.abs().max().clamp(min=1e-6)
         error = ((a - b).abs().max() / scale).item()
         if not error <= TOLERANCE.get(a.dtype, 1e-4):
-            raise VerifyError(f"{what}: result {i} is off by {error:.2g} relative (allowed {TOLERANCE.get(a.dtype, 1e-4):.0e})")
+            raise VerifyError(
+                f"{what}: result {i} is off by {error:.2g} relative (allowed {TOLERANCE.get(a.dtype, 1e-4):.0e})"
+            )

@@ -112,7 +112,9 @@ def _replace(graph: fx.Graph, match: Match, replaced: dict[fx.Node, fx.Node]) ->
     inherit([node for node in graph.nodes if node not in before], match.softmax)
     old, now = match.product.meta["val"], new.meta["val"]
     if not same_shape(old.shape, now.shape) or old.dtype != now.dtype or old.device != now.device:
-        raise ValueError(f"{match.product.name} is {old.dtype} {list(old.shape)}, its SDPA form {now.dtype} {list(now.shape)}")
+        raise ValueError(
+            f"{match.product.name} is {old.dtype} {list(old.shape)}, its SDPA form {now.dtype} {list(now.shape)}"
+        )
     match.product.replace_all_uses_with(new)
     return new
 
@@ -133,19 +135,38 @@ class _Plan:
 
 
 def _plan(match: Match) -> _Plan:
-    batch, rows, keys = leaves(match.batch), leaves(match.rows), leaves(match.keys)
-    depth, features = leaves(match.depth), leaves(match.features)
-    stored = set(flat(match.key.layout)) | set(flat(match.value.layout))
+    """Of all ways to cut the batch indices into samples and heads the one that copies no mask, and then no query."""
+    batch = leaves(match.batch)
+    copies = _copies(match, batch)
+    latest = len(batch) - max(copies, 1)
+    latest = max(latest - 1 if copies else latest, min(len(batch), 1))  # heads that share a key stay beside those that do not
+    present = {index for term in match.terms for index in flat(term.layout)}
+
+    def cost(plan: _Plan) -> tuple[bool, int]:
+        mixed = any(0 < len(present & set(part)) < len(part) for part in plan.query[:2])
+        return mixed, match.query.work(plan.query)
+
+    plans = [_cut(match, batch, start, copies) for start in range(latest, 0, -1) or [0]]
+    return min(plans, key=cost)
+
+
+def _copies(match: Match, batch: Dim) -> int:
+    """How many of the innermost batch indices neither keys nor values have: their heads are shared by groups of queries."""
+    if match.product.meta["val"].device.type != "cpu" and match.terms:
+        return 0  # only CUDA's flash kernel has groups, and it takes no mask: SDPA would fall back to plain maths
+    stored = set(flat(match.key.highest)) | set(flat(match.value.highest))
     copies = 0
     while copies < len(batch) and batch[len(batch) - 1 - copies] not in stored:
         copies += 1
-    if match.product.meta["val"].device.type != "cpu" and match.terms:
-        copies = 0  # only CUDA's flash kernel has groups, and it takes no mask: SDPA would fall back to plain maths
-    start = _first_head(batch, copies, [set(flat(term.layout)) for term in match.terms])
-    heads = batch[start:]
+    return copies
+
+
+def _cut(match: Match, batch: Dim, start: int, copies: int) -> _Plan:
+    rows, keys = leaves(match.rows), leaves(match.keys)
+    depth, features = leaves(match.depth), leaves(match.features)
+    outer, heads = batch[:start], batch[start:]
     copies = min(copies, len(heads))
     fewer = heads[: len(heads) - copies]
-    outer = batch[:start]
     return _Plan(
         query=(outer, heads, rows, depth),
         key=(outer, fewer, keys, depth),
@@ -156,24 +177,17 @@ def _plan(match: Match) -> _Plan:
     )
 
 
-def _first_head(batch: Dim, copies: int, masks: list[set[Any]]) -> int:
-    """Where to cut the batch indices into samples and heads: so that no mask must be copied along a part of either."""
-    latest = max(len(batch) - max(copies, 1), min(len(batch), 1))
-    if copies and latest > 1:
-        latest -= 1  # keep the heads that the groups share among the heads
-    present = set().union(*masks)
-
-    def mixed(start: int) -> bool:
-        return any(0 < len(present & set(part)) < len(part) for part in (batch[:start], batch[start:]))
-
-    return next((start for start in range(latest, 0, -1) if not mixed(start)), latest)
-
-
 # -- tensor code: traced into the graph ---------------------------------------------------------------------------------
 
 
 def _attend(
-    match: Match, plan: _Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: list[torch.Tensor], may_die: list[bool]
+    match: Match,
+    plan: _Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    masks: list[torch.Tensor],
+    may_die: list[bool],
 ) -> torch.Tensor:
     keep, bias = _masks(match, plan, masks, q)
     mask, dead = keep if bias is None else bias, None

@@ -19,7 +19,9 @@ __all__ = ["CASTS", "constant", "constant_tensor", "magnitude"]
 aten = torch.ops.aten
 
 CASTS = {aten._to_copy.default, aten.to.dtype, aten.type_as.default}
-RESHAPING = VIEWS | PERMUTES | SAME | CASTS | {aten.expand.default, aten.detach.default, aten.slice.Tensor, aten.select.int}
+RESHAPING = (
+    VIEWS | PERMUTES | SAME | CASTS | {aten.expand.default, aten.detach.default, aten.slice.Tensor, aten.select.int}
+)
 FILLED = {aten.full.default: "fill_value", aten.full_like.default: "fill_value", aten.scalar_tensor.default: "s"}
 ZEROS = {aten.zeros.default, aten.zeros_like.default}
 ONES = {aten.ones.default, aten.ones_like.default}

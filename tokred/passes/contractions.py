@@ -90,7 +90,9 @@ def contract(product: Product, left: Layout | None = None, right: Layout | None 
     names: dict[str, Dim] = {}
     for letters, shape, layout in zip(spelled, shapes, (left, right), strict=True):
         if layout is not None:
-            names |= {letter: dim for letter, dim, size in zip(letters, layout, shape, strict=True) if not same(size, 1)}
+            names |= {
+                letter: dim for letter, dim, size in zip(letters, layout, shape, strict=True) if not same(size, 1)
+            }
     for letters, shape in zip(spelled, shapes, strict=True):
         for letter, size in zip(letters, shape, strict=True):
             if not same(size, 1):
@@ -105,5 +107,8 @@ def contract(product: Product, left: Layout | None = None, right: Layout | None 
     whole = tuple(index for letter in summed for index in names.get(letter, ()))
     out_shape = tuple(tensor_meta(product.node).shape)  # type: ignore[union-attr]
     return Contraction(
-        layout_of(spelled[0], shapes[0]), layout_of(spelled[1], shapes[1]), layout_of(product.letters[2], out_shape), whole
+        layout_of(spelled[0], shapes[0]),
+        layout_of(spelled[1], shapes[1]),
+        layout_of(product.letters[2], out_shape),
+        whole,
     )

@@ -1,8 +1,8 @@
 """Token liveness: dead-code elimination along the token axis.
 
-A classifier that reads only the class token needs, in its last block, one query row, one output row and one MLP row. The
-demand runs backwards through the op rules (which rows of this value does anyone read?), then the graph is lifted with the
-rows that nobody reads left out. The same numbers, less work.
+A classifier that reads only the class token needs, in its last block, one query row, one output row and one MLP row.
+The demand runs backwards through the op rules (which rows of this value does anyone read?), then the graph is lifted
+with the rows that nobody reads left out. The same numbers, less work.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def _read_slot(op: Op, flow: Any, slot: Slot, wanted: dict[int, Demand]) -> Dema
             if relation.kind is not Kind.EACH:
                 return None
             found = [wanted.get(dim) for _, dim in relation.outs]
-            if len(found) != 1 or (op.target is SDPA and op["is_causal"] and found[0] is not None and not _causal_ends(found[0])):
+            if len(found) != 1 or (
+                op.target is SDPA and op["is_causal"] and found[0] is not None and not _causal_ends(found[0])
+            ):
                 return None
             return found[0]
         if isinstance(relation, Window) and relation.source == slot:

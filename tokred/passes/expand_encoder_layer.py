@@ -1,4 +1,4 @@
-"""`nn.TransformerEncoder`'s fast path runs a whole layer as one opaque op; spell it out, so that its blocks can be seen."""
+"""`nn.TransformerEncoder`'s fast path runs a whole layer as one opaque op: spell it out, so that its blocks show."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def _layer(a: dict[str, Any]) -> Tensor:
         return F.layer_norm(x, (width,), a[f"norm_weight_{which}"], a[f"norm_bias_{which}"], a["eps"])
 
     def attend(x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, a["qkv_weight"], a["qkv_bias"]).unflatten(-1, (3, a["num_heads"], -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            F.linear(x, a["qkv_weight"], a["qkv_bias"])
+            .unflatten(-1, (3, a["num_heads"], -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         out = F.scaled_dot_product_attention(q, k, v, _visible(a["mask"], a["mask_type"]))  # [B H N D]
         return F.linear(out.transpose(1, 2).flatten(2), a["proj_weight"], a["proj_bias"])
 
@@ -62,7 +67,7 @@ def _layer(a: dict[str, Any]) -> Tensor:
 
 
 def _visible(mask: Tensor | None, kind: int | None) -> Tensor | None:
-    """The fused op's mask is true (or -inf) where a key is hidden: [N N] (kind 0), [B N] (kind 1) or [B H N N] (kind 2)."""
+    """The fused mask is true (or -inf) where a key is hidden: [N N] (kind 0), [B N] (kind 1), [B H N N] (kind 2)."""
     if mask is None:
         return None
     visible = ~mask.to(torch.bool)

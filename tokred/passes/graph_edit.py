@@ -57,7 +57,11 @@ def refresh(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
     with torch.no_grad(), enable_python_dispatcher(), mode or nullcontext():
         for node in graph.nodes:
             meta = tensor_meta(node)
-            if meta is None or stale.isdisjoint(node.all_input_nodes) or not isinstance(node.target, torch._ops.OpOverload):
+            if (
+                meta is None
+                or stale.isdisjoint(node.all_input_nodes)
+                or not isinstance(node.target, torch._ops.OpOverload)
+            ):
                 continue
             now = _recompute(node)
             if now is None or now.dtype != meta.dtype or same_shape(now.stride(), meta.stride()):
@@ -74,7 +78,9 @@ def keep_output_strides(gm: fx.GraphModule, original: fx.GraphModule) -> None:
         if now is None or was is None or same_shape(now.stride(), was.stride()) or node.op == "placeholder":
             continue
         if not all(isinstance(size, int) for size in (*was.stride(), *now.stride())):
-            order = list(range(was.dim()))  # symbolic strides cannot be sorted; contiguous is what nearly all outputs are
+            order = list(
+                range(was.dim())
+            )  # symbolic strides cannot be sorted; contiguous is what nearly all outputs are
         else:
             strides = was.stride()
             order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))

@@ -31,7 +31,9 @@ def group_heads(graph: fx.Graph, lines: list[str]) -> list[fx.Node]:
         if node.target is SDPA and (groups := _ungroup(graph, node, around)) is not None:
             changed.append(node)
             where = module_path(node) or "attention"
-            lines.append(f"{where} ({source_line(node)}): {node.name}, {groups} query heads share a key head: enable_gqa")
+            lines.append(
+                f"{where} ({source_line(node)}): {node.name}, {groups} query heads share a key head: enable_gqa"
+            )
     return changed
 
 
@@ -56,7 +58,9 @@ def _ungroup(graph: fx.Graph, node: fx.Node, around: Surroundings) -> Any | None
     ]
     if sources[0] is None or sources[1] is None:
         return None
-    return _use_stored(graph, node, [(s, lay) for s, lay in zip(sources, layouts, strict=True) if s is not None], leaves(heads))
+    return _use_stored(
+        graph, node, [(s, lay) for s, lay in zip(sources, layouts, strict=True) if s is not None], leaves(heads)
+    )
 
 
 def _use_stored(graph: fx.Graph, node: fx.Node, operands: list[tuple[Operand, Layout]], heads: Any) -> Any | None:

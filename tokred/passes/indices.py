@@ -16,7 +16,24 @@ from torch import fx
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.relations import Op, Size, same
 
-__all__ = ["Dim", "Index", "Layout", "after", "arrange", "before", "expanded", "flat", "fresh", "leaves", "regroup", "reshaped", "resolve", "same_shape", "size_of", "spread"]
+__all__ = [
+    "Dim",
+    "Index",
+    "Layout",
+    "after",
+    "arrange",
+    "before",
+    "expanded",
+    "flat",
+    "fresh",
+    "leaves",
+    "regroup",
+    "reshaped",
+    "resolve",
+    "same_shape",
+    "size_of",
+    "spread",
+]
 
 aten = torch.ops.aten
 

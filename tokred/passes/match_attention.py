@@ -90,7 +90,11 @@ class Surroundings:
             self.region[node] = region
         self.live: set[fx.Node] = set()
         for node in reversed(graph.nodes):
-            if node.op in ("output", "placeholder") or node.is_impure() or any(user in self.live for user in node.users):
+            if (
+                node.op in ("output", "placeholder")
+                or node.is_impure()
+                or any(user in self.live for user in node.users)
+            ):
                 self.live.add(node)
 
     def users(self, node: fx.Node) -> list[fx.Node]:
@@ -139,7 +143,9 @@ def _ahead(softmax: fx.Node, around: Surroundings) -> tuple[list[fx.Node], Produ
             if user.target is aten.native_dropout.default:
                 return _refuse("dropout", "dropout of the weights in training", softmax)
         elif user.target not in REARRANGING or not _keeps_device(user):
-            return _refuse("no-values", f"the weights go through {user.target}, not into a product with values", softmax)
+            return _refuse(
+                "no-values", f"the weights go through {user.target}, not into a product with values", softmax
+            )
         node = user
         weights.append(node)
 
@@ -222,7 +228,9 @@ class _Scores:
         return tuple(reversed(layout))
 
 
-def _read(path: list[fx.Node], softmax: fx.Node, weights: list[fx.Node], last: Product, around: Surroundings) -> Match | Refusal:
+def _read(
+    path: list[fx.Node], softmax: fx.Node, weights: list[fx.Node], last: Product, around: Surroundings
+) -> Match | Refusal:
     first = product_of(path[0])
     assert first is not None
     for node in path:
@@ -355,7 +363,9 @@ def _assemble(
     if not keys:
         return _refuse("one-key", "there is one key only: nothing to attend to", softmax)
     if set(leaves(ends.summed)) != set(keys):
-        return _refuse("softmax-dim", "the weights are not summed over the dimension that the softmax normalised", softmax)
+        return _refuse(
+            "softmax-dim", "the weights are not summed over the dimension that the softmax normalised", softmax
+        )
     left, right = set(flat(names.left)), set(flat(names.right))
     if set(keys) <= right - left:
         query, key, q_layout, k_layout = first.left, first.right, names.left, names.right
@@ -393,7 +403,20 @@ def _assemble(
         return refusal
     depth = leaves(names.summed)
     return Match(
-        softmax, last.node, path + weights, q, k, v, scale, scores.terms, batch, rows, keys, depth, features, resolve(ends.out)
+        softmax,
+        last.node,
+        path + weights,
+        q,
+        k,
+        v,
+        scale,
+        scores.terms,
+        batch,
+        rows,
+        keys,
+        depth,
+        features,
+        resolve(ends.out),
     )
 
 
@@ -426,7 +449,9 @@ def _check_terms(terms: list[Added | Filled], dtype: torch.dtype, softmax: fx.No
         return None
     added = [term for term in terms if isinstance(term, Added)]
     if added and (terms[: len(added)] != added or any(not magnitude(term.mask) < MODERATE for term in added)):
-        return _refuse("fill-and-bias", "a row that a finite fill and an additive mask hide together has no equivalent", softmax)
+        return _refuse(
+            "fill-and-bias", "a row that a finite fill and an additive mask hide together has no equivalent", softmax
+        )
     if len(finite) > 1 or any(math.isinf(term.value) for term in fills):
         return _refuse("fill", "two different values fill masked scores", softmax)
     if finite.pop() > (-6e4 if dtype is torch.float16 else -1e9):  # exp(fill - score) must be 0 for any sane score

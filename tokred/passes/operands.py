@@ -11,7 +11,7 @@ from torch import fx
 
 from tokred.compiler.capture import tensor_meta
 from tokred.passes.constants import CASTS, constant
-from tokred.passes.indices import Layout, before, resolve, same_shape
+from tokred.passes.indices import Layout, before, flat, resolve, same_shape
 
 __all__ = ["Operand", "climb"]
 
@@ -28,21 +28,32 @@ class Operand:
     root: fx.Node
     above: list[tuple[fx.Node, Layout, float]]  # every such tensor, the operand itself first
 
+    @property
+    def highest(self) -> Layout:
+        """The layout of the tensor farthest up that is scaled alike: what it lacks is copied further down."""
+        return next(layout for _, layout, scale in reversed(self.above) if scale == self.scale)
+
     def nearest(self, target: Layout) -> tuple[fx.Node, Layout, float]:
-        """The tensor from which `target` takes the least work: nothing, a permutation, or a reshape."""
-        wanted = resolve(target)
+        """The tensor from which `target` takes the least work."""
+        wanted = set(flat(target))
+        usable = [c for c in self.above if c[2] == self.scale and set(flat(c[1])) <= wanted]
+        return min(reversed(usable), key=lambda candidate: _work(candidate[1], target))  # of two alike that before a copy
 
-        def work(candidate: tuple[fx.Node, Layout, float]) -> int:
-            layout = resolve(candidate[1])
-            if layout == wanted:
-                return 0
-            return 1 if {dim for dim in layout if dim} <= {dim for dim in wanted if dim} else 2
-
-        usable = [c for c in self.above if c[2] == self.scale]
-        return min(reversed(usable), key=work)  # of two that are alike the one before a copy
+    def work(self, target: Layout) -> int:
+        return _work(self.nearest(target)[1], target)
 
 
-def climb(node: fx.Node, layout: Layout, dtype: torch.dtype, within: Callable[[fx.Node], bool], *, scaled: bool) -> Operand | None:
+def _work(layout: Layout, target: Layout) -> int:
+    """0: nothing, 1: a permutation, 2: a reshape."""
+    have, wanted = resolve(layout), resolve(target)
+    if have == wanted:
+        return 0
+    return 1 if {dim for dim in have if dim} <= {dim for dim in wanted if dim} else 2
+
+
+def climb(
+    node: fx.Node, layout: Layout, dtype: torch.dtype, within: Callable[[fx.Node], bool], *, scaled: bool
+) -> Operand | None:
     """Follow an operand upwards. None where neither it nor anything above has the dtype that SDPA would compute in."""
     found: list[tuple[fx.Node, Layout, float]] = []
     scale = 1.0

@@ -1,9 +1,10 @@
-"""Re-trace the graph; at each site that the recipe names apply the method's token map and carry it to everything downstream."""
+"""At each site that the recipe names apply the method's token map, and carry it to everything downstream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class _Run:
         after = {b.stream: b for b in blocks.attentions if b.stream is not None}
         before = {b.entry: b for b in blocks.attentions if b.entry is not None}
         for node in self.gm.graph.nodes:
-            self._guarded(lambda node=node: self.lift.visit(node))
+            self._guarded(partial(self.lift.visit, node))
             if node in before:
                 self._try(before[node], "round_trip")
             if node in after:
@@ -129,7 +130,7 @@ class _Run:
                 self.reduced.refused.setdefault(block, (method, refusal))
 
     def _explain_rest(self, block: Attention) -> None:
-        """A block without a stream is never visited as a site: its own refusal stands for every method that wanted it."""
+        """A block without a stream is never a site: its own refusal stands for every method that wanted it."""
         if block in self.reduced.applied or block in self.reduced.refused or block.refusal is None:
             return
         for method in self.recipe.methods:
@@ -184,26 +185,39 @@ class _Run:
         if not method.causal_safe and is_causal(block):
             return _refusal("causal", f"{method.name} mixes tokens, and later ones would leak into earlier ones", block)
         if set(method.needs) & {"keys", "queries", "class_token"} and len(tensor_shape(block.key)) not in (3, 4):
-            return _refusal("layout", f"the keys have {len(tensor_shape(block.key))} dimensions, not samples, heads, tokens, channels", block)
+            return _refusal(
+                "layout",
+                f"the keys have {len(tensor_shape(block.key))} dimensions, not samples, heads, tokens, channels",
+                block,
+            )
         if "class_token" in method.needs and place.head < 1:
-            return _refusal("no-class-token", f"{method.name} ranks tokens by the class token's attention, and there is none", block)
+            return _refusal(
+                "no-class-token", f"{method.name} ranks tokens by the class token's attention, and there is none", block
+            )
         if "grid" in method.needs and place.grid is None:
-            return _refusal("no-grid", f"{method.name} needs the patches' grid, which does not show (or no longer holds) here", block)
+            return _refusal(
+                "no-grid",
+                f"{method.name} needs the patches' grid, which does not show (or no longer holds) here",
+                block,
+            )
         if isinstance(place.free, int) and place.free <= 0:
             return _refusal("all-protected", f"all {place.tokens} tokens are protected", block)
         return None
 
-    def _plan(self, block: Attention, method: Reduction, place: Place, node: fx.Node, value: Any) -> tuple[Any, fx.Node]:
+    def _plan(
+        self, block: Attention, method: Reduction, place: Place, node: fx.Node, value: Any
+    ) -> tuple[Any, fx.Node]:
         """Trace the method, and its effect on the stream, into the graph."""
         tensors = self._tensors(block, method, value)
         swap = block.token_dim < block.batch_dim
-        numbers = {name: getattr(place, name) for name in Place.__dataclass_fields__}
+        numbers: dict[str, Any] = {name: getattr(place, name) for name in Place.__dataclass_fields__}
         prop_attn = (rows := _rows(value, block.token_dim)) is not None and rows.stage.prop_attn
         scale = block.scale.meta["val"] if isinstance(block.scale, fx.Node) else block.scale
 
         def function(inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
             hidden = inputs["hidden"].transpose(0, 1) if swap else inputs["hidden"]
-            seen = {name: x.detach() for name, x in (inputs | {"hidden": hidden}).items()}  # what decides has no gradient
+            seen: dict[str, Any] = inputs | {"hidden": hidden}
+            seen = {name: x.detach() for name, x in seen.items()}  # what decides has no gradient
             token_map = method.plan(Site(**numbers, scale=scale, prop_attn=prop_attn, **seen))
             if not isinstance(token_map, TokenMap):
                 raise TypeError(f"plan() returned {type(token_map).__name__}, not a TokenMap")
@@ -214,8 +228,14 @@ class _Run:
         before, after = tensor_meta(tensors["hidden"]), tensor_meta(reduced)
         assert before is not None and after is not None
         kept = after.shape[block.token_dim]
-        if isinstance(kept, int) and isinstance(place.tokens, int) and not place.head + place.tail <= kept < place.tokens:
-            raise ValueError(f"the map leaves {kept} of {place.tokens} tokens, {place.head + place.tail} of them protected")
+        if (
+            isinstance(kept, int)
+            and isinstance(place.tokens, int)
+            and not place.head + place.tail <= kept < place.tokens
+        ):
+            raise ValueError(
+                f"the map leaves {kept} of {place.tokens} tokens, {place.head + place.tail} of them protected"
+            )
         return token_map, reduced
 
     def _tensors(self, block: Attention, method: Reduction, value: Any) -> dict[str, Any]:
@@ -223,7 +243,11 @@ class _Run:
         tensors: dict[str, Any] = {"hidden": value.node}
         rows = _rows(value, block.token_dim)
         if rows is not None and rows.stage.size is not None:
-            tensors["size"] = self.lift.emit(lambda s: cut_weight(s, rows.lo, rows.hi), rows.stage.size) if rows.lo or rows.hi else rows.stage.size
+            tensors["size"] = (
+                self.lift.emit(lambda s: cut_weight(s, rows.lo, rows.hi), rows.stage.size)
+                if rows.lo or rows.hi
+                else rows.stage.size
+            )
         if method.scope == "round_trip":
             return tensors
         batch = value.shape[block.batch_dim]
@@ -274,10 +298,14 @@ class _Run:
 
     def _rank4(self, mask: fx.Node) -> fx.Node:
         rank = mask.meta["val"].dim()
-        result: fx.Node = mask if rank == 4 else self.lift.emit(lambda m: m.reshape((1,) * (4 - rank) + tuple(m.shape)), mask)
+        result: fx.Node = (
+            mask if rank == 4 else self.lift.emit(lambda m: m.reshape((1,) * (4 - rank) + tuple(m.shape)), mask)
+        )
         return result
 
-    def _stage(self, value: Any, block: Attention, place: Place, token_map: Any, reduced: fx.Node, exits: frozenset[Any]) -> Stage:
+    def _stage(
+        self, value: Any, block: Attention, place: Place, token_map: Any, reduced: fx.Node, exits: frozenset[Any]
+    ) -> Stage:
         rows = _rows(value, block.token_dim)
         parent = rows.stage if rows is not None else Stage(value.shape[block.token_dim])
         head, tail, length = place.head, place.tail, reduced.meta["val"].shape[block.token_dim]

@@ -100,7 +100,11 @@ def _normalises(node: fx.Node) -> bool:
     whole: Any = node.args[1]
     while isinstance(whole, fx.Node) and whole.target in VIEWS | CASTS | SAME | {aten.expand.default}:
         whole = whole.args[0]
-    return isinstance(whole, fx.Node) and whole.target is aten.sum.dim_IntList and _bare(whole.args[0]) is _bare(node.args[0])
+    return (
+        isinstance(whole, fx.Node)
+        and whole.target is aten.sum.dim_IntList
+        and _bare(whole.args[0]) is _bare(node.args[0])
+    )
 
 
 def _bare(node: Any, through: Any = CASTS | SAME) -> Any:

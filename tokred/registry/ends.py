@@ -27,7 +27,10 @@ class Ends(TokenMap):
         parts += [x[:, x.shape[1] - self.tail :]] if self.tail else []
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    pick = any = pull = reduce
+    def pull(self, weight: Tensor) -> Tensor:
+        return self.reduce(weight)
+
+    pick = any = reduce
 
     def window(self, lo: int, hi: int, length: Any) -> Ends:
         return Ends(self.head - lo, self.tail - hi)

@@ -1,4 +1,4 @@
-"""The registry: methods and passes by name, the built-in ones and those of installed plug-ins, through the same door."""
+"""The registry: methods and passes by name, built-in ones and those of installed plug-ins through the same door."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def method_named(name: str) -> type[Reduction]:
 
 
 def _load() -> None:
-    """Import the built-in methods, then every plug-in; a plug-in that fails is a warning that names its distribution."""
+    """Import the built-in methods, then every plug-in; one that fails is a warning that names its distribution."""
     global _loaded
     if _loaded:
         return
