@@ -43,6 +43,15 @@ def test_padding_goes_first(recipe):
     assert kept.pick(here.valid.unsqueeze(-1))[1, ENDS.head : -ENDS.tail].all()
 
 
+def test_padding_goes_before_the_lowest_scores():
+    here = site(ENDS, padded=True)
+    kept = here.keep_top(-here.arange(1, 25).double(), 16)
+    assert kept.index[1].tolist() == [0, 1, *range(2, 18), 23]
+    last = here.keep_top(here.arange(1, 25).double() - 100, 3)
+    assert last.index[1].tolist() == [0, 1, 15, 16, 17, 23]
+    assert last.index[0].tolist() == [0, 1, 20, 21, 22, 23]
+
+
 def test_random_is_one_draw_for_all_samples_that_seed_and_layer_change():
     def rows(recipe, layer=1, batch=3):
         place = Place(layer=layer, depth=12, tokens=197, head=1)

@@ -1,8 +1,8 @@
 """Stages: how many token maps each dimension of a value has been through, and what an op does to that.
 
 A *stage* is a token axis after some number of maps; its root is the axis untouched. A dimension of a staged value is a
-product of factors: `Rows` of a stage, the `Batch` that the maps run over, and plain numbers. `advance` takes the layouts
-of an op's inputs and answers with the layouts that it needs and those that it gives, or with the obstacle.
+product of factors: `Rows` of a stage, the `Batch` that the maps run over, and plain numbers. `advance` takes the
+layouts of an op's inputs and answers with the layouts that it needs and those that it gives, or with the obstacle.
 """
 
 from __future__ import annotations

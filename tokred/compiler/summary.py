@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import linecache
+import re
 from collections import Counter
 from typing import Any
 
@@ -21,13 +22,12 @@ __all__ = ["model_name", "summarize"]
 
 
 def model_name(gm: fx.GraphModule) -> str:
-    """The class whose method was compiled, or the function's name: where the graph's first line of source stands."""
+    """The class whose method was compiled, or the function's name: the outermost one in the graph's first stack trace."""
     for node in gm.graph.nodes:
-        frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if ", in " in line]
-        if frames and frames[0].startswith('File "'):
-            place, _, function = frames[0].rpartition(", in ")
-            file, _, line = place.removeprefix('File "').partition('", line ')
-            return (_class_around(file, int(line)) if line.isdigit() else None) or function
+        frames = re.findall(r'File "(.+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+        if frames:
+            classes = (_class_around(file, int(line)) for file, line, _ in frames)
+            return next((name for name in classes if name), None) or str(frames[0][2])
     return "graph"
 
 

@@ -47,7 +47,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "tofu": ("tofu(r=8)", "tofu(r=16, layers=[1, 2])"),
     "pitome": ("pitome(keep=0.5, layers=[1])", "pitome(keep=0.75, layers=[1])"),
     "expedit": ("expedit(layer=1, grid=(5, 5))", "expedit(layer=1, grid=(6, 6))"),
-    "tomesd": ("tomesd(ratio=0.5)", "tomesd(ratio=0.25)"),
+    "tomesd": ("tomesd(ratio=0.5, use_rand=False)", "tomesd(ratio=0.25, use_rand=False)"),
 }
 
 
@@ -136,7 +136,7 @@ def _reduction(graphs: Sequence[GraphReport]) -> tuple[int, float, float]:
     """Tokens after the last attention block, their mean over the blocks, and FLOPs relative to before."""
     tokens = [int(block.tokens[1]) for graph in graphs for block in graph.blocks if block.kind == "attention"]
     before, after = (sum(graph.flops[i] for graph in graphs) for i in (0, 1))
-    return tokens[-1], mean(tokens), after / max(before, 1)
+    return tokens[-1], mean(tokens), after / before
 
 
 def _timed(candidates: list[Candidate], images: Tensor, rounds: int, progress: Progress, task: TaskID) -> list[Row]:

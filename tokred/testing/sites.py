@@ -19,8 +19,8 @@ HEADS, HEAD_DIM, CHANNELS = 4, 8, 24
 SHAPES = (
     {"tokens": 37, "head": 1, "grid": (6, 6)},  # a ViT
     {"tokens": 35, "head": 0, "grid": (5, 7)},  # no class token, no side even
-    {"tokens": 24, "head": 2, "tail": 1},  # distillation in front, one more behind, 21 others
-    {"tokens": 24, "head": 1},  # text
+    {"tokens": 23, "head": 2, "tail": 1, "grid": (4, 5)},  # distillation in front, one more behind
+    {"tokens": 24, "head": 1, "tail": 2},  # text
 )
 
 
