@@ -128,7 +128,7 @@ NEAR: dict[str, Near] = {
         lambda q, k, v: F.dropout(scores(q, k).softmax(-2), 0.1, False).matmul(v), four(), "softmax-dim"
     ),
     "jointly": Near(lambda q, k, v: scores(q, k).flatten(-2).softmax(-1).unflatten(-1, (S, S)) @ v, four(), "softmax-dim"),
-    "slots": Near(slot_attention, four(), "no-values"),
+    "slots": Near(slot_attention, four(), "extra-use"),
     "exp over queries": Near(exp_over_columns, four(), None),
     "exp over keys, sum over queries": Near(exp_over_rows_summed_over_columns, four(), None),
     # summed over another dimension
@@ -145,11 +145,11 @@ NEAR: dict[str, Near] = {
     # used elsewhere
     "weights reused": Near(residual, four(), "extra-use"),
     "scores reused": Near(raw_scores_too, four(), "extra-use"),
-    "minus the largest of each key": Near(stable, four(), "op"),
+    "minus the largest of each key": Near(stable, four(), "extra-use"),
     # other maths between
     "soft cap": Near(lambda q, k, v: (5 * torch.tanh(scores(q, k) / 5)).softmax(-1) @ v, four(), "op"),
     "clamped": Near(lambda q, k, v: scores(q, k).clamp(-0.1, 0.1).softmax(-1) @ v, four(), "op"),
-    "talking heads": Near(talking_heads, (*four(), *four(1, S, S)), "op"),
+    "talking heads": Near(talking_heads, (*four(), *four(1, S, S)), "contraction"),
     "talking weights": Near(talking_weights, (*four(), *four(1, S, S)), "softmax-dim"),
     "squared weights": Near(lambda q, k, v: scores(q, k).softmax(-1).square() @ v, four(), "no-values"),
     "masked weights": Near(lambda q, k, v, m: (scores(q, k).softmax(-1) * m) @ v, (*four(), MASK), "no-values"),
@@ -170,7 +170,7 @@ NEAR: dict[str, Near] = {
     "filled with -5": Near(masked_by_code(0, -5.0), (*four(), CODES), "fill"),
     "causal, filled with 0": Near(causal_by_full(0.0), (*four(), KEEP), "fill"),
     "filled with data": Near(
-        lambda q, k, v, m: torch.where(KEEP, scores(q, k), m).softmax(-1) @ v, (*four(), MASK), "no-scores"
+        lambda q, k, v, m: torch.where(KEEP, scores(q, k), m).softmax(-1) @ v, (*four(), MASK), "fill"
     ),
     "two fills": Near(
         lambda q, k, v: scores(q, k).masked_fill(~KEEP, -1e9).masked_fill(KEEP.mT, -2e9).softmax(-1) @ v, four(), "fill"

@@ -22,10 +22,10 @@ __all__ = ["model_name", "summarize"]
 
 
 def model_name(gm: fx.GraphModule) -> str:
-    """The class whose method was compiled, or the function's name: the outermost one in the graph's first stack trace."""
+    """The outermost class that the graph's first call came through, or the outermost function."""
     for node in gm.graph.nodes:
         frames = re.findall(r'File "(.+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
-        if frames:
+        if frames and node.op not in ("placeholder", "output"):
             classes = (_class_around(file, int(line)) for file, line, _ in frames)
             return next((name for name in classes if name), None) or str(frames[0][2])
     return "graph"
