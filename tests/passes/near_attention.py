@@ -122,12 +122,18 @@ NEAR: dict[str, Near] = {
     "over queries, masked": Near(lambda q, k, v, m: (scores(q, k) + m).softmax(-2) @ v, (*four(), MASK), "softmax-dim"),
     "over heads": Near(lambda q, k, v: scores(q, k).softmax(1) @ v, four(), "softmax-dim"),
     "over samples": Near(lambda q, k, v: scores(q, k).softmax(0) @ v, four(), "softmax-dim"),
-    "bmm over queries": Near(lambda q, k, v: torch.bmm(torch.bmm(q, k.mT).softmax(1), v), four(3, S, S, D), "softmax-dim"),
-    "permuted, over queries": Near(lambda q, k, v: scores(*heads(q, k)).softmax(-2) @ heads(v)[0], four(), "softmax-dim"),
+    "bmm over queries": Near(
+        lambda q, k, v: torch.bmm(torch.bmm(q, k.mT).softmax(1), v), four(3, S, S, D), "softmax-dim"
+    ),
+    "permuted, over queries": Near(
+        lambda q, k, v: scores(*heads(q, k)).softmax(-2) @ heads(v)[0], four(), "softmax-dim"
+    ),
     "half-baked, over queries": Near(
         lambda q, k, v: F.dropout(scores(q, k).softmax(-2), 0.1, False).matmul(v), four(), "softmax-dim"
     ),
-    "jointly": Near(lambda q, k, v: scores(q, k).flatten(-2).softmax(-1).unflatten(-1, (S, S)) @ v, four(), "softmax-dim"),
+    "jointly": Near(
+        lambda q, k, v: scores(q, k).flatten(-2).softmax(-1).unflatten(-1, (S, S)) @ v, four(), "softmax-dim"
+    ),
     "slots": Near(slot_attention, four(), "extra-use"),
     "exp over queries": Near(exp_over_columns, four(), None),
     "exp over keys, sum over queries": Near(exp_over_rows_summed_over_columns, four(), None),
@@ -140,7 +146,9 @@ NEAR: dict[str, Near] = {
         lambda q, k, v: torch.einsum("bhnm,bhmd->bnd", scores(q, k).softmax(-1), v), four(), "softmax-dim"
     ),
     "values by query": Near(
-        lambda q, k, v: torch.einsum("bhnm,bhnmd->bhnd", scores(q, k).softmax(-1), v), (*four(2), *four(1, S, S, S, S, D)), "contraction"
+        lambda q, k, v: torch.einsum("bhnm,bhnmd->bhnd", scores(q, k).softmax(-1), v),
+        (*four(2), *four(1, S, S, S, S, D)),
+        "contraction",
     ),
     # used elsewhere
     "weights reused": Near(residual, four(), "extra-use"),
@@ -158,7 +166,9 @@ NEAR: dict[str, Near] = {
     "sigmoid": Near(lambda q, k, v: scores(q, k).sigmoid() @ v, four(), None),
     "linear attention": Near(lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), four(), "no-scores"),
     # scales
-    "scale from data": Near(lambda q, k, v, s: (q @ k.mT / s).softmax(-1) @ v, (*four(), torch.tensor(0.3)), "data-scale"),
+    "scale from data": Near(
+        lambda q, k, v, s: (q @ k.mT / s).softmax(-1) @ v, (*four(), torch.tensor(0.3)), "data-scale"
+    ),
     "scale for each head": Near(
         lambda q, k, v, s: (q @ k.mT * s.exp()).softmax(-1) @ v, (*four(), *four(1, S, 1, 1)), "data-scale"
     ),
@@ -175,23 +185,27 @@ NEAR: dict[str, Near] = {
     "two fills": Near(
         lambda q, k, v: scores(q, k).masked_fill(~KEEP, -1e9).masked_fill(KEEP.mT, -2e9).softmax(-1) @ v, four(), "fill"
     ),
-    "mask larger than the scores": Near(lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v, (*four(3, 1, S, S, D), MASK.expand(3, 1, S, S)), "layout"),
+    "mask larger than the scores": Near(
+        lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v, (*four(3, 1, S, S, D), MASK.expand(3, 1, S, S)), "layout"
+    ),
     "boolean bias": Near(lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v, (*four(), KEEP), None),
     "code 0 hidden": Near(masked_by_code(0, -INF), (*four(), CODES), None),
     "code 2 hidden": Near(masked_by_code(2, -INF), (*four(), CODES), None),
     "causal, filled with -1e9": Near(causal_by_full(-1e9), (*four(), KEEP), None),
     # precision
-    "rounded scores": Near(
-        lambda q, k, v: scores(q, k).bfloat16().softmax(-1).float() @ v, four(), "dtype"
-    ),
+    "rounded scores": Near(lambda q, k, v: scores(q, k).bfloat16().softmax(-1).float() @ v, four(), "dtype"),
     # permutations that the templates take for another one
     "k stored [B M H D]": Near(lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.3).softmax(-1) @ v, four(), None),
     "k stored [H M B D]": Near(lambda q, k, v: (q @ k.permute(2, 0, 3, 1) / 3.0).softmax(-1) @ v, four(), None),
     "heads first": Near(
-        lambda q, k, v: scores(*(x.permute(1, 0, 2, 3) for x in (q, k))).softmax(-1) @ v.permute(1, 0, 2, 3), four(), None
+        lambda q, k, v: scores(*(x.permute(1, 0, 2, 3) for x in (q, k))).softmax(-1) @ v.permute(1, 0, 2, 3),
+        four(),
+        None,
     ),
     "tokens first": Near(
-        lambda q, k, v: scores(*(x.permute(1, 2, 0, 3) for x in (q, k))).softmax(-1) @ v.permute(1, 2, 0, 3), four(), None
+        lambda q, k, v: scores(*(x.permute(1, 2, 0, 3) for x in (q, k))).softmax(-1) @ v.permute(1, 2, 0, 3),
+        four(),
+        None,
     ),
     "SDPA, tokens first": Near(permuted_sdpa(1, 2, 0, 3), WIDE, None),
     "SDPA, heads first": Near(permuted_sdpa(1, 0, 2, 3), WIDE, None),

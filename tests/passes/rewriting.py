@@ -35,7 +35,9 @@ class Rewritten:
         return sum(node.target in SOFTMAX for gm in self.after for node in gm.graph.nodes)
 
 
-def rewritten(function: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any) -> Rewritten:
+def rewritten(
+    function: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
+) -> Rewritten:
     """Compile `function` with nothing but the pass, and run it beside eager."""
     done = Rewritten()
 

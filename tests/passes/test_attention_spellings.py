@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import tokred
-from tests.passes.rewriting import SDPA, assert_exact, normal, rewritten
+from tests.passes.rewriting import SDPA, normal
 from tokred.passes.canonical_attention import canonical_attention
 
 B, H, D, E = 2, 4, 4, 6
@@ -64,9 +63,23 @@ masks = st.builds(
     st.booleans(),
 )
 TWISTS = [
-    "softmax over queries", "softmax over heads", "weights transposed", "weights reused", "scores reused", "negative scale",
-    "soft cap", "data scale", "fill with 0", "fill with -3", "k permuted", "k heads rolled", "values permuted", "dropout",
-    "weights squared", "detached", "rounded",
+    "softmax over queries",
+    "softmax over heads",
+    "weights transposed",
+    "weights reused",
+    "scores reused",
+    "negative scale",
+    "soft cap",
+    "data scale",
+    "fill with 0",
+    "fill with -3",
+    "k permuted",
+    "k heads rolled",
+    "values permuted",
+    "dropout",
+    "weights squared",
+    "detached",
+    "rounded",
 ]
 spellings = st.builds(
     Spelling,
@@ -109,7 +122,11 @@ def heads_first(x: Tensor, layout: str, spelling: Spelling, name: str) -> Tensor
     x = x if order == [0, 1, 2, 3] else x.transpose(-1, -2) if layout == "bhdn" else x.permute(order)
     if spelling.groups and name != "q":
         b, h, n, d = x.shape
-        x = x[:, :, None].expand(b, h, 2, n, d).reshape(b, h * 2, n, d) if name == "k" else x.repeat_interleave(2, dim=1)
+        x = (
+            x[:, :, None].expand(b, h, 2, n, d).reshape(b, h * 2, n, d)
+            if name == "k"
+            else x.repeat_interleave(2, dim=1)
+        )
     return x
 
 
@@ -149,7 +166,11 @@ def hidden_by(values: Tensor, mask: Mask) -> Tensor:
 
 def masked(scores: Tensor, mask: Mask, values: Tensor) -> Tensor:
     if mask.kind == "add":
-        return scores + (values.masked_fill(hidden_by(values, mask), mask.value) if mask.value > -2e9 or math.isinf(mask.value) else values)
+        return scores + (
+            values.masked_fill(hidden_by(values, mask), mask.value)
+            if mask.value > -2e9 or math.isinf(mask.value)
+            else values
+        )
     if mask.kind == "sub":
         return scores - values
     if mask.kind == "bool_add":
@@ -188,7 +209,12 @@ def weighed(weights: Tensor, v: Tensor, s: Spelling) -> Tensor:
         return torch.einsum("bhnm,bhmd->bnhd", weights, v)
     if s.weighing == "transposed":
         return (v.transpose(-1, -2) @ weights.transpose(-1, -2)).transpose(-1, -2)
-    return torch.bmm(weights.reshape(B * H, n, m), v.reshape(B * H, m, E)).view(B, H, n, E).transpose(1, 2).reshape(B, n, H * E)
+    return (
+        torch.bmm(weights.reshape(B * H, n, m), v.reshape(B * H, m, E))
+        .view(B, H, n, E)
+        .transpose(1, 2)
+        .reshape(B, n, H * E)
+    )
 
 
 def program(s: Spelling) -> Any:
@@ -255,10 +281,16 @@ def is_equal_in_full_rows(s: Spelling) -> bool:
     """Finite fills beside biases, of two sizes or unequal, have no equivalent: such a program may stay."""
     fills = [m for m in s.masks if m.kind not in ("add", "sub", "bool_add")]
     finite = [m for m in fills if math.isfinite(m.value)]
-    return not finite or (len(finite) == len(s.masks) and len({m.value for m in finite}) == 1 and all(w != "late" for w, _, _ in s.scales))
+    return not finite or (
+        len(finite) == len(s.masks) and len({m.value for m in finite}) == 1 and all(w != "late" for w, _, _ in s.scales)
+    )
 
 
-COMMON = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+COMMON = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 
 
 @settings(max_examples=350, **COMMON)  # type: ignore[arg-type]
@@ -274,7 +306,15 @@ def test_one_change_never_makes_it_wrong(s: Spelling, twist: str) -> None:
     if twist in ("dropout", "detached"):
         return
     calls = check(s)
-    if twist in ("soft cap", "data scale", "weights reused", "scores reused", "fill with 0", "weights squared", "rounded"):
+    if twist in (
+        "soft cap",
+        "data scale",
+        "weights reused",
+        "scores reused",
+        "fill with 0",
+        "weights squared",
+        "rounded",
+    ):
         assert calls == 0
 
 

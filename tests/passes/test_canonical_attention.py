@@ -93,7 +93,10 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "full": (lambda q, k, v: (q @ k.mT / torch.full([], 3.0, dtype=q.dtype)).softmax(-1) @ v, qkv()),
     "two minuses": (lambda q, k, v: ((q * -1.0) @ (k * -0.3).mT).softmax(-1) @ v, qkv()),
     "permute": (lambda q, k, v: (q @ k.permute(0, 1, 3, 2)).softmax(-1) @ v, qkv()),
-    "k stored [B M H D]": (lambda q, k, v: (q @ k.permute(0, 2, 3, 1)).softmax(-1) @ v, (qkv()[0], normal(B, M, H, D), qkv()[2])),
+    "k stored [B M H D]": (
+        lambda q, k, v: (q @ k.permute(0, 2, 3, 1)).softmax(-1) @ v,
+        (qkv()[0], normal(B, M, H, D), qkv()[2]),
+    ),
     "k stored [B H D M]": (lambda q, k, v: (q @ k).softmax(-1) @ v, (qkv()[0], normal(B, H, D, M), qkv()[2])),
     "einsum": (
         lambda q, k, v: torch.einsum("bhnm,bhmd->bhnd", torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1), v),
@@ -112,8 +115,14 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "bmm": (lambda q, k, v: torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(2), v), qkv(B)),
     "two dimensions": (lambda q, k, v: (q @ k.T).softmax(-1) @ v, (normal(N, D), normal(M, D), normal(M, D, seed=5))),
     "five dimensions": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, qkv(2, 3, 2)),
-    "broadcast heads": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (qkv()[0], normal(B, 1, M, D), normal(B, 1, M, D, seed=4))),
-    "broadcast batch": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (qkv()[0], normal(H, M, D), normal(H, M, D, seed=4))),
+    "broadcast heads": (
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+        (qkv()[0], normal(B, 1, M, D), normal(B, 1, M, D, seed=4)),
+    ),
+    "broadcast batch": (
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+        (qkv()[0], normal(H, M, D), normal(H, M, D, seed=4)),
+    ),
     "wider values": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (*qkv()[:2], normal(B, H, M, 12))),
     "one query": (lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v, qkv(rows=1)),
     "additive mask": (lambda q, k, v, m: (q @ k.mT * 0.3 + m).softmax(-1) @ v, (*qkv(), additive)),
@@ -141,7 +150,10 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda q, k, v, m: (q @ k.mT).masked_fill(m, torch.full([], -INF, dtype=q.dtype)).softmax(-1) @ v,
         (*qkv(), hidden),
     ),
-    "fill, then scale": (lambda q, k, v, m: (q @ k.mT).masked_fill(m, -1e30).mul(0.3).softmax(-1) @ v, (*qkv(), hidden)),
+    "fill, then scale": (
+        lambda q, k, v, m: (q @ k.mT).masked_fill(m, -1e30).mul(0.3).softmax(-1) @ v,
+        (*qkv(), hidden),
+    ),
     "where -inf": (lambda q, k, v, m: torch.where(m, q @ k.mT, -INF).softmax(-1) @ v, (*qkv(), ~hidden)),
     "where, other way round": (lambda q, k, v, m: torch.where(m, -INF, q @ k.mT).softmax(-1) @ v, (*qkv(), hidden)),
     "where by a tensor": (
@@ -149,7 +161,9 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (*qkv(), ~hidden),
     ),
     "literal causal mask": (
-        lambda q, k, v: torch.where(torch.ones(N, N).tril() == 1, q @ k.mT * 0.3, torch.finfo(q.dtype).min).softmax(-1) @ v,
+        lambda q, k, v: (
+            torch.where(torch.ones(N, N).tril() == 1, q @ k.mT * 0.3, torch.finfo(q.dtype).min).softmax(-1) @ v
+        ),
         qkv(keys=N),
     ),
     "fill and infinite bias": (
@@ -253,7 +267,9 @@ def test_the_result_can_be_viewed_as_before() -> None:
 # -- training, dtypes, symbolic sizes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mul after", "einsum [B N H D]", "several masks", "masked_fill -1e9, rows of nothing", "windows"])
+@pytest.mark.parametrize(
+    "name", ["mul after", "einsum [B N H D]", "several masks", "masked_fill -1e9, rows of nothing", "windows"]
+)
 def test_gradients_are_the_same(name: str) -> None:
     function, args = SPELLINGS[name]
     args = tuple(x.clone().requires_grad_(x.is_floating_point() and i < 3) for i, x in enumerate(args))
@@ -334,12 +350,16 @@ def repeat_kv(x: Tensor) -> Tensor:
 
 
 GROUPED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "repeat_interleave": lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)),
+    "repeat_interleave": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+    ),
     "expand": lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v)),
     "expand, causal": lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), is_causal=True),
     "expand, scaled": lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), scale=0.7),
     "eager": lambda q, k, v: ((q @ repeat_kv(k).mT * 0.3).softmax(-1) @ repeat_kv(v)).transpose(1, 2),
-    "five dimensions": lambda q, k, v: ((q.unflatten(1, (-1, G)) @ k[:, :, None].mT).softmax(-1) @ v[:, :, None]).flatten(1, 2),
+    "five dimensions": lambda q, k, v: (
+        (q.unflatten(1, (-1, G)) @ k[:, :, None].mT).softmax(-1) @ v[:, :, None]
+    ).flatten(1, 2),
 }
 
 
@@ -372,7 +392,10 @@ def test_other_copies_stay(name: str) -> None:
 
 
 def test_gradients_of_groups() -> None:
-    args = [x.requires_grad_() for x in (normal(B, H, N, D), normal(B, H // G, N, D, seed=1), normal(B, H // G, N, D, seed=2))]
+    args = [
+        x.requires_grad_()
+        for x in (normal(B, H, N, D), normal(B, H // G, N, D, seed=1), normal(B, H // G, N, D, seed=2))
+    ]
     done = rewritten(GROUPED["expand"], *args, grad=True)
     assert done.calls[0].kwargs["enable_gqa"] is True
     tangent = normal(*done.expected.shape)

@@ -43,7 +43,11 @@ def llama_sdpa() -> torch.nn.Module:
 
 
 def gpt2() -> torch.nn.Module:
-    return t.GPT2Model(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, use_cache=False, bos_token_id=1, eos_token_id=2, **EAGER))
+    return t.GPT2Model(
+        t.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=100, use_cache=False, bos_token_id=1, eos_token_id=2, **EAGER
+        )
+    )
 
 
 def t5() -> torch.nn.Module:
@@ -64,7 +68,14 @@ def beit() -> torch.nn.Module:
 
 
 def swin() -> torch.nn.Module:
-    shape = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    shape = {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    }
     return t.SwinModel(t.SwinConfig(**shape, **EAGER))
 
 
@@ -108,7 +119,9 @@ def check(build: Callable[[], torch.nn.Module], inputs: dict[str, torch.Tensor])
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_every_block_becomes_sdpa(build: Callable[[], torch.nn.Module], inputs: dict[str, torch.Tensor], blocks: int) -> None:
+def test_every_block_becomes_sdpa(
+    build: Callable[[], torch.nn.Module], inputs: dict[str, torch.Tensor], blocks: int
+) -> None:
     done = check(build, inputs)
     assert (len(done.calls), done.softmaxes) == (blocks, 0)
 

@@ -85,7 +85,14 @@ def test_inductor_compiles_what_it_would_misread(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradients_through_inductor(exact: bool) -> None:
-    names = ["over queries", "over queries, mul", "bmm over queries", "exp over queries", "k stored [B M H D]", "SDPA, tokens first"]
+    names = [
+        "over queries",
+        "over queries, mul",
+        "bmm over queries",
+        "exp over queries",
+        "k stored [B M H D]",
+        "SDPA, tokens first",
+    ]
 
     def everything(args: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         results = [NEAR[name].function(*own) for name, own in zip(names, args, strict=True)]
@@ -157,6 +164,8 @@ def test_training_dropout_is_left_to_inductor(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, "tokred"):
         result = torch.compile(before, backend="tokred")(*args)
     assert "[dropout]" in caplog.text
-    assert [p.changes for p in tokred.reports().graphs[0].passes if p.name in ("canonical_attention", "shield_softmax")] == [0, 0]
+    assert [
+        p.changes for p in tokred.reports().graphs[0].passes if p.name in ("canonical_attention", "shield_softmax")
+    ] == [0, 0]
     without = nn.functional.scaled_dot_product_attention(*args, scale=1 / 3)
     assert not torch.allclose(result, without)

@@ -270,7 +270,7 @@ def _product_ahead(softmax: fx.Node, axes: Axes) -> fx.Node | None:
             seen.add(user)
             if user.target in PRODUCTS:
                 left = _factors(user)[0]
-                if left is node and axes.of(left)[-1] == keys and keys not in axes.of(user):
+                if left is node and axes.of(left)[-1] == keys:
                     return user
             elif user.target in (aten.linear.default, *_ELEMENTWISE) or torch.Tag.pointwise in getattr(
                 user.target, "tags", ()

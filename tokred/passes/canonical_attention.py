@@ -139,7 +139,9 @@ def _plan(match: Match) -> _Plan:
     batch = leaves(match.batch)
     copies = _copies(match, batch)
     latest = len(batch) - max(copies, 1)
-    latest = max(latest - 1 if copies else latest, min(len(batch), 1))  # heads that share a key stay beside those that do not
+    latest = max(
+        latest - 1 if copies else latest, min(len(batch), 1)
+    )  # heads that share a key stay beside those that do not
     present = {index for term in match.terms for index in flat(term.layout)}
 
     def cost(plan: _Plan) -> tuple[bool, int]:

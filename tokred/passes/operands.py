@@ -37,7 +37,9 @@ class Operand:
         """The tensor from which `target` takes the least work."""
         wanted = set(flat(target))
         usable = [c for c in self.above if c[2] == self.scale and set(flat(c[1])) <= wanted]
-        return min(reversed(usable), key=lambda candidate: _work(candidate[1], target))  # of two alike that before a copy
+        return min(
+            reversed(usable), key=lambda candidate: _work(candidate[1], target)
+        )  # of two alike that before a copy
 
     def work(self, target: Layout) -> int:
         return _work(self.nearest(target)[1], target)
