@@ -90,7 +90,11 @@ spellings = st.builds(
     keys=st.sampled_from([2, 3, 4]),
     product=st.sampled_from(["matmul", "swapped", "bmm", "einsum", "baddbmm"]),
     scales=st.lists(
-        st.tuples(st.sampled_from(["q", "k", "scores", "late"]), st.sampled_from(["mul", "div", "rmul", "tensor"]), numbers),
+        st.tuples(
+            st.sampled_from(["q", "k", "scores", "late"]),
+            st.sampled_from(["mul", "div", "rmul", "tensor"]),
+            numbers,
+        ),
         max_size=3,
     ).map(tuple),
     masks=st.lists(masks, max_size=2).map(tuple),

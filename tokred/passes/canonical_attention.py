@@ -1,4 +1,4 @@
-"""Make every spelling of `softmax(q k^T * scale + mask) v` one `scaled_dot_product_attention`, so that fused kernels apply."""
+"""Make every spelling of `softmax(q k^T * scale + mask) v` one `scaled_dot_product_attention`: fused kernels apply."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def _line(match: Match, new: fx.Node) -> str:
     where = module_path(match.softmax) or "attention"
     masks = f", {len(match.terms)} mask(s)" if match.terms else ""
     shape = list(meta.shape) if meta is not None else "?"
-    return f"{where} ({source_line(match.softmax)}): softmax(q k^T) v -> {new.name}, q {shape}, scale {match.scale:.6g}{masks}"
+    what = f"softmax(q k^T) v -> {new.name}, q {shape}, scale {match.scale:.6g}{masks}"
+    return f"{where} ({source_line(match.softmax)}): {what}"
 
 
 def _replace(graph: fx.Graph, match: Match, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -119,12 +120,12 @@ def _replace(graph: fx.Graph, match: Match, replaced: dict[fx.Node, fx.Node]) ->
     return new
 
 
-# -- the layout in which SDPA runs ---------------------------------------------------------------------------------------
+# -- the layout in which SDPA runs -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Four dimensions each: [B H N D], [B H M D], [B H M E], [B H N E]; the key's heads are fewer where they are grouped."""
+    """Four dimensions each: [B H N D], [B H M D], [B H M E], [B H N E]; grouped keys have fewer heads."""
 
     query: Layout
     key: Layout
@@ -153,7 +154,7 @@ def _plan(match: Match) -> _Plan:
 
 
 def _copies(match: Match, batch: Dim) -> int:
-    """How many of the innermost batch indices neither keys nor values have: their heads are shared by groups of queries."""
+    """How many of the innermost batch indices neither keys nor values have: groups of queries share their heads."""
     if match.product.meta["val"].device.type != "cpu" and match.terms:
         return 0  # only CUDA's flash kernel has groups, and it takes no mask: SDPA would fall back to plain maths
     stored = set(flat(match.key.highest)) | set(flat(match.value.highest))
@@ -179,7 +180,7 @@ def _cut(match: Match, batch: Dim, start: int, copies: int) -> _Plan:
     )
 
 
-# -- tensor code: traced into the graph ---------------------------------------------------------------------------------
+# -- tensor code: traced into the graph --------------------------------------------------------------------------------
 
 
 def _attend(
@@ -233,7 +234,7 @@ def _masks(
 
 
 def _merged(mask: torch.Tensor | None, target: Layout) -> torch.Tensor | None:
-    """From one dimension an index to four: [B H N M], of size one where the mask does not depend on them (but not M)."""
+    """From one dimension an index to four: [B H N M], of size one where the mask does not depend on it (but not M)."""
     if mask is None:
         return None
     sizes, shape, place = list(mask.shape), [], 0

@@ -96,7 +96,7 @@ def _evaluate(node: fx.Node, done: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
 
 
 def _literal(node: fx.Node) -> torch.Tensor:
-    """A tensor that Dynamo made from a Python literal; a module's own state may change between calls and is no constant."""
+    """A tensor that Dynamo made from a Python literal; a module's own state may change and is no constant."""
     owner = node.graph.owning_module
     value = getattr(owner, str(node.target), None)
     if "_tensor_constant" not in str(node.target) or not isinstance(value, torch.Tensor):
@@ -107,9 +107,9 @@ def _literal(node: fx.Node) -> torch.Tensor:
 
 
 def magnitude(value: Any, depth: int = 0) -> float:
-    """How large a constant may be among what makes up an additive mask, as far as the graph shows; infinite if it does not.
+    """How large a constant may be in what makes up an additive mask, as far as the graph shows; else infinite.
 
-    0 for parameters, buffers and what layers compute: those are activations, which hide no key. `(1 - m) * -1e9` has 1e9.
+    0 for parameters, buffers and what layers compute: activations, which hide no key. `(1 - m) * -1e9` has 1e9.
     """
     number = constant(value)
     if number is not None:

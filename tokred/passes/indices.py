@@ -139,7 +139,7 @@ def after(node: fx.Node, layout: Layout) -> Layout | None:
 
 
 def before(node: fx.Node, layout: Layout) -> Layout | None:
-    """The layout of `node`'s first argument, given that of its result; indices that `node` made by copying are absent."""
+    """The layout of `node`'s first argument, given that of its result; indices that it made by copying are absent."""
     meta, source = tensor_meta(node), tensor_meta(node.args[0]) if node.args else None
     if meta is None or source is None:
         return None
@@ -201,7 +201,7 @@ def same_shape(a: Iterable[Size], b: Iterable[Size]) -> bool:
     return len(left) == len(right) and all(same(x, y) for x, y in zip(left, right, strict=True))
 
 
-# -- tensor code: traced into the graph ---------------------------------------------------------------------------------
+# -- tensor code: traced into the graph --------------------------------------------------------------------------------
 
 
 def arrange(x: torch.Tensor, layout: Layout, target: Layout) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Filled:
 
 @dataclass
 class Match:
-    """One attention: its three operands, and the index groups `[batch rows depth] x [batch keys depth] -> [batch rows keys]`."""
+    """One attention: operands, and index groups `[batch rows depth] x [batch keys depth] -> [batch rows keys]`."""
 
     softmax: fx.Node
     product: fx.Node  # the last node: weights x values
@@ -156,7 +156,7 @@ def _dropout(node: fx.Node) -> float:
 
 
 def _paths(start: Any, tail: list[fx.Node], seen: set[fx.Node]) -> Iterator[list[fx.Node] | Refusal]:
-    """Every way back from the softmax's input to a product, as lists that begin with the product; refusals for dead ends."""
+    """Every way back from the softmax's input to a product, as lists that begin with it; refusals for dead ends."""
     path = [start, *tail]
     if start in seen:
         return
@@ -194,7 +194,7 @@ def _keeps_device(node: fx.Node) -> bool:
     return meta is not None and source is not None and meta.device == source.device
 
 
-# -- the reading: scale, masks and indices along one path ----------------------------------------------------------------
+# -- the reading: scale, masks and indices along one path --------------------------------------------------------------
 
 
 @dataclass
@@ -334,7 +334,7 @@ def _device(node: fx.Node) -> torch.device:
     return meta.device
 
 
-# -- the verdict ---------------------------------------------------------------------------------------------------------
+# -- the verdict -------------------------------------------------------------------------------------------------------
 
 
 def _assemble(

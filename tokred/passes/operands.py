@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Operand:
-    """A tensor from which the operand follows: `operand = scale * rearranged(node)`. `root` is as far up as one can see."""
+    """From which the operand follows: `operand = scale * rearranged(node)`. `root` is as far up as one sees."""
 
     node: fx.Node
     layout: Layout

@@ -88,7 +88,7 @@ def _where(node: fx.Node) -> str:
     return f"{module_path(node) or 'graph'} ({source_line(node)})"
 
 
-# -- softmax between two products ----------------------------------------------------------------------------------------
+# -- softmax between two products --------------------------------------------------------------------------------------
 
 
 def _normalises(node: fx.Node) -> bool:
@@ -146,7 +146,7 @@ def _reaches_product(queue: list[fx.Node], *, ahead: bool) -> bool:
 
 
 def _is_read_rightly(node: fx.Node, around: Surroundings) -> bool:
-    """Whether this is an attention (that the user wanted left alone, or with dropout) in the spelling of the templates."""
+    """Whether this is an attention (left alone on request, or with dropout) in the spelling of the templates."""
     if node.target is aten._safe_softmax.default or node.target not in SOFTMAX:
         return False
     found = match_attention(node, around)
@@ -166,7 +166,7 @@ def _is_float(node: fx.Node) -> bool:
     return meta is not None and meta.is_floating_point()
 
 
-# -- permuted operands: the templates take any permutation for the one that they were written with ------------------------
+# -- permuted operands: the templates take any permutation for the one that they were written with ---------------------
 
 
 def _plain_operands(query: fx.Node, key: fx.Node, value: fx.Node) -> bool:
@@ -198,7 +198,7 @@ def _odd_operands(node: fx.Node) -> list[str]:
     return [name for name, swap in swaps.items() if swap is False]
 
 
-# -- the two edits ---------------------------------------------------------------------------------------------------------
+# -- the two edits -----------------------------------------------------------------------------------------------------
 
 
 def _clamp(graph: fx.Graph, node: fx.Node) -> None:
