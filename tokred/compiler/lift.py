@@ -239,34 +239,35 @@ class Lift:
                 layout = dict(value.layout) | {
                     dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))
                 }
-                stale = None if stage.map.restorable else self._stale(value, dim, stage, layout)
+                stale = None if stage.map.restorable else self._stale(value, stage)
                 node = self._along(value, dim, place, lambda y, m, s: m.restore(y, s), stage, rows, stale)
                 self._memo[key] = Value(node, layout, value.origin)
             value = self._memo[key]
 
-    def _stale(self, value: Value, dim: int, stage: Stage, layout: Layout) -> Value:
-        """What the rows that `stage` dropped were last: a pruned token keeps its last value.
+    def _stale(self, value: Value, stage: Stage) -> Value:
+        """`value` with the rows that `stage` dropped, as they were last: a pruned token keeps its last value.
 
         Row by row ops are repeated on the old rows; a residual branch adds nothing to a row that is gone; what is mixed
         from other rows (attention) is zero.
         """
         if value.before_cut is not None:
-            return value.before_cut
+            older = value.before_cut
+            return self._stale(older, stage) if _went_through(older, stage) else older
         node = value.origin
         source = None if node is None else residual_of(node)
-        if node is not None and source is not None:
+        if source is not None:
             stream = self.env[source]
-            if isinstance(stream, Value) and any(r.stage is stage for _, _, r in rows_of(stream.layout)):
-                return self._stale(stream, dim, stage, stream.layout)
+            if isinstance(stream, Value) and _went_through(stream, stage):
+                return self._stale(stream, stage)
         if node is not None and node.op == "call_function" and _row_by_row(Op(node)):
             inputs: dict[tuple[str, int], Value] = {}
             for name, i, arg in Op(node).tensors():
                 given = self.env[arg]
-                at = next((d for d, _, r in rows_of(given.layout) if r.stage is stage), None)
-                inputs[name, i] = given if at is None else self._stale(given, at, stage, given.layout)
+                inputs[name, i] = self._stale(given, stage) if _went_through(given, stage) else given
             again = self.run(node, inputs)
             if isinstance(again, Value):
                 return again
+        layout = {d: tuple(_before(f, stage) for f in factors) for d, factors in value.layout.items()}
         shape = [extent(layout[d]) if d in layout else size for d, size in enumerate(value.shape)]
         return Value(self.emit(lambda x: x.new_zeros(shape), value.node), layout)
 
@@ -599,6 +600,18 @@ class Lift:
 
 class _CannotAlign(Exception):
     """Inputs cannot be brought to one stage: run the op at full length instead."""
+
+
+def _went_through(value: Any, stage: Stage) -> bool:
+    """Whether some dimension of a value has lost the rows that `stage` dropped."""
+    return isinstance(value, Value) and any(stage in rows.stage.chain for _, _, rows in rows_of(value.layout))
+
+
+def _before(factor: Factor, stage: Stage) -> Factor:
+    """The factor as it was before `stage`."""
+    if isinstance(factor, Rows) and stage in factor.stage.chain and stage.parent is not None:
+        return Rows(stage.parent, factor.lo, factor.hi, factor.weighted)
+    return factor
 
 
 def _is_staged(value: Any) -> bool:
