@@ -271,12 +271,10 @@ def check(s: Spelling) -> int:
     inputs = tensors(s)
     function = program(s)
     traced = make_fx(function, pre_dispatch=True, tracing_mode="fake")(inputs)
-    names = list(inputs.values())
     lines: list[str] = []
     new = canonical_attention(traced, lines)
     assert (new is traced) == (not lines)
     expected, result = function(inputs), new(inputs)
-    assert names
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
     return sum(node.target is SDPA for node in new.graph.nodes)
 
@@ -311,8 +309,6 @@ def test_a_generated_spelling_is_matched_and_equal(s: Spelling) -> None:
 def test_one_change_never_makes_it_wrong(s: Spelling, twist: str) -> None:
     square = {"rows": s.keys} if twist == "weights transposed" else {}
     s = Spelling(**{**s.__dict__, "twist": twist, **square})
-    if twist in ("dropout", "detached"):
-        return
     calls = check(s)
     if twist in (
         "soft cap",
