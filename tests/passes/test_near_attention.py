@@ -67,7 +67,9 @@ def compile_all(programs: list[Near], **options: Any) -> tuple[tuple[torch.Tenso
 
 
 PARTS = 3
-COMPILED = [name for name, near in NEAR.items() if near.code != "dtype"]  # Inductor keeps bfloat16 intermediates in float32
+COMPILED = [
+    name for name, near in NEAR.items() if near.code != "dtype"
+]  # Inductor keeps bfloat16 intermediates in float32
 
 
 @pytest.mark.slow
