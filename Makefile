@@ -73,5 +73,5 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml tests/plugin/pyproject.toml
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[check]'
+	$(PIP) -e '.[demo,check]'
 	@touch $@

@@ -274,9 +274,8 @@ def check(s: Spelling) -> int:
     new = canonical_attention(traced, lines)
     assert (new is traced) == (not lines)
     expected, result = function(inputs), new(inputs)
-    # scores added to -1e9 keep seven decimals in float64, whoever adds them; in which order is rounding
-    large = max((abs(m.value) for m in s.masks if math.isfinite(m.value)), default=0.0)
-    bound = max(1e-10, large * 1e-15)
+    # In a row that an additive -1e9 hides throughout, scores keep seven decimals, in eager too: order is rounding.
+    bound = 1e-6 if any(m.kind == "add" and m.value == -1e9 for m in s.masks) else 1e-10
     torch.testing.assert_close(result, expected, rtol=bound, atol=bound, equal_nan=True)
     return sum(node.target is SDPA for node in new.graph.nodes)
 

@@ -30,7 +30,8 @@ from tokred.passes.indices import (
     size_of,
     spread,
 )
-from tokred.passes.match_attention import SOFTMAX, Filled, Match, Surroundings, match_attention
+from tokred.passes.match_attention import SOFTMAX, Match, Surroundings, match_attention
+from tokred.passes.scores import Filled
 
 __all__ = ["canonical_attention"]
 

@@ -19,7 +19,8 @@ from tokred.passes.constants import CASTS
 from tokred.passes.contractions import product_of
 from tokred.passes.graph_edit import copy_graph, erase_unused, inherit
 from tokred.passes.indices import PERMUTES, SAME, VIEWS, permutation
-from tokred.passes.match_attention import FILLS, SOFTMAX, WHERE, Added, Match, Surroundings, match_attention
+from tokred.passes.match_attention import SOFTMAX, Match, Surroundings, match_attention
+from tokred.passes.scores import FILLS, WHERE, Added
 
 __all__ = ["shield_softmax"]
 
