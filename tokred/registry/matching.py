@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.registry.maps import partition
 from tokred.registry.site import Place, Site
 
 __all__ = ["bipartite", "mergeable"]
@@ -30,8 +31,7 @@ def bipartite(site: Site, metric: Tensor, r: Any) -> tuple[Tensor, Tensor, Tenso
         differ = site.valid[:, even:stop:2].unsqueeze(2) != site.valid[:, odd:stop:2].unsqueeze(1)
         scores = scores - differ.to(scores.dtype) * 4  # below every cosine, above no pair at all
     best, partner = scores.max(-1)  # [B A]
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    gone, stay = order[:, :r], order[:, r:].sort(dim=-1).values
+    gone, stay = partition(best.topk(r, dim=1).indices, best.shape[1])
     odds = torch.arange(odd, stop, 2, device=metric.device).expand(site.batch, -1)
     keep = site.with_protected(torch.cat([stay * 2 + even, odds], 1))
     return keep, gone * 2 + even, partner.gather(1, gone) + (head + stay.shape[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.registry.maps import Keep
+from tokred.registry.maps import Keep, partition
 
 __all__ = ["Place", "Site", "precise"]
 
@@ -121,8 +121,8 @@ class Site(Place):
         if self.valid is not None:  # padding goes first
             valid = self.valid[:, self.head : self.tokens - self.tail]
             free = free.masked_fill(~valid, -torch.inf)
-        chosen = free.topk(count, dim=1).indices.sort(dim=1).values + self.head
-        return Keep(self.with_protected(chosen))
+        chosen, _ = partition(free.topk(count, dim=1).indices, free.shape[1])
+        return Keep(self.with_protected(chosen + self.head))
 
     def with_protected(self, rows: Tensor) -> Tensor:
         """[B K'] row numbers of unprotected tokens -> [B K] with the head in front and the tail behind."""
