@@ -13,12 +13,14 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["CaptureFailed", "capture", "module_path", "source_line", "tensor_meta", "trace_into"]
+__all__ = ["STRIDED", "CaptureFailed", "capture", "module_path", "source_line", "tensor_meta", "trace_into"]
 
 aten = torch.ops.aten
 
 # Calls without a result that only assert what tracing has already established.
 NOISE = {aten._assert_tensor_metadata.default}
+# What tracing settles on where the strides of fake tensors allow it. The kernel that runs may give others.
+STRIDED = {aten.view.default, aten._unsafe_view.default}
 
 
 class CaptureFailed(Exception):
@@ -52,6 +54,8 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     for node in list(traced.graph.nodes):
         if node.target in NOISE:
             traced.graph.erase_node(node)
+        elif node.target in STRIDED:
+            node.target = aten.reshape.default
     traced.graph.lint()
     traced.recompile()
     return traced

@@ -19,12 +19,11 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tokred.compiler.capture import STRIDED
+
 __all__ = ["record"]
 
 aten = torch.ops.aten
-
-# Dispatching settles on a view where the fake strides allow one; real strides need not be the fake ones.
-VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 
 def record(graph: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -75,7 +74,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         node_args, node_kwargs = _pytree.tree_map(self._argument, (args, kwargs))
-        node = self.graph.call_function(VIEWS.get(func, func), node_args, node_kwargs)
+        node = self.graph.call_function(aten.reshape.default if func in STRIDED else func, node_args, node_kwargs)
         node.meta["val"] = out
         if isinstance(out, torch.Tensor):
             self._know(out, node)

@@ -6,6 +6,7 @@ import ast
 import linecache
 import re
 from collections import Counter
+from operator import itemgetter
 from typing import Any
 
 import sympy
@@ -57,8 +58,11 @@ def summarize(
     """Fill in blocks, costs and restores."""
     costs = Costs(captured, final)
     report.flops = costs.totals()
-    report.blocks += _attention_rows(found, blocks, reduced, costs)
-    report.blocks += [_mlp_row(mlp, costs) for mlp in found.mlps]
+    place = {node: number for number, node in enumerate(captured.graph.nodes)}
+    attentions = zip(found.attentions, _attention_rows(found, blocks, reduced, costs), strict=True)
+    rows = [(place[block.anchor], row) for block, row in attentions]
+    rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
+    report.blocks += [row for _, row in sorted(rows, key=itemgetter(0))]
     report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
 
 

@@ -104,10 +104,4 @@ def _recompute(node: fx.Node) -> Any:
     target: Any = node.target
     if target._schema.is_mutable:
         return None
-    try:
-        return target(*args, **kwargs)
-    except (RuntimeError, ValueError):
-        if target is not aten.view.default:
-            raise
-        node.target = aten.reshape.default
-        return aten.reshape.default(*args, **kwargs)
+    return target(*args, **kwargs)
