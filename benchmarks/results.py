@@ -45,9 +45,8 @@ def run(name: str, rounds: int) -> str | None:
     else:
         command = [sys.executable, "-m", "benchmarks.compare", *CONFIGURATIONS[name], "--rounds", str(rounds), *target]
     print(" ".join(command), flush=True)
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
-    print(done.stdout, flush=True)
-    return None if done.returncode == 0 else (done.stderr or done.stdout)[-2000:]
+    done = subprocess.run(command, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)  # what it prints shows at once
+    return None if done.returncode == 0 else done.stderr[-2000:]
 
 
 def render() -> str:

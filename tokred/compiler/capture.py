@@ -13,7 +13,16 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["STRIDED", "CaptureFailed", "capture", "module_path", "source_line", "tensor_meta", "trace_into"]
+__all__ = [
+    "STRIDED",
+    "CaptureFailed",
+    "capture",
+    "is_parameter",
+    "module_path",
+    "source_line",
+    "tensor_meta",
+    "trace_into",
+]
 
 aten = torch.ops.aten
 
@@ -123,6 +132,13 @@ def clean_path(path: str) -> str:
     path = re.sub(r"\.slice\([^)]*\)", "", path)
     path = re.sub(r"(\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\2", path)
     return path.replace("._modules", "").replace("_orig_mod.", "").strip(".")
+
+
+def is_parameter(node: Any) -> bool:
+    """A module's own parameter or buffer."""
+    return isinstance(node, fx.Node) and (
+        node.op == "get_attr" or (node.op == "placeholder" and bool(node.meta.get("is_parameter")))
+    )
 
 
 def _is_module_state(node: fx.Node) -> bool:

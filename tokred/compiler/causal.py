@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokred.compiler.blocks import Attention, is_parameter
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.blocks import Attention
+from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.residual import CONTRACTIONS
 
 __all__ = ["is_causal"]

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from tokred.compiler.align import ATTENTION, Aligner, CannotAlign, Value
-from tokred.compiler.capture import source_line, tensor_meta
+from tokred.compiler.capture import source_line
+from tokred.compiler.fake import run_fake
 from tokred.compiler.record import record
-from tokred.compiler.relations import Link, Op, Window, flow_of
+from tokred.compiler.relations import Link, Op, Window, flow_of, same
 from tokred.compiler.staging import (
     Advance,
     Batch,
@@ -195,7 +195,8 @@ class Lift:
         args, kwargs = _by_schema(target, arguments)
         new = self.graph.call_function(target, args, kwargs)
         new.meta = {k: v for k, v in op.node.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
-        new.meta["val"] = _fake(new)
+        fakes = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        new.meta["val"] = run_fake(target, *fakes)
         return self._check_all(op, new, outs)
 
     def _shape(self, op: Op, layout: Layout) -> list[Any]:
@@ -234,7 +235,7 @@ class Lift:
         """The proof: the real shape of every rewritten node is the one that its layout predicts."""
         predicted = [extent(value.layout[d]) if d in value.layout else s for d, s in enumerate(op.out_shape(result))]
         real = list(value.shape)
-        agree = len(predicted) == len(real) and all(_agree(p, r) for p, r in zip(predicted, real, strict=True))
+        agree = len(predicted) == len(real) and all(same(p, r) for p, r in zip(predicted, real, strict=True))
         if not agree:
             raise ShapeMismatch(f"{op.node.name}: predicted {predicted}, got {real} ({source_line(op.node)})")
 
@@ -292,12 +293,6 @@ def _head(stage: Stage) -> int:
     return min((s.head for s in stage.chain[1:]), default=0)
 
 
-def _agree(predicted: Any, real: Any) -> bool:
-    from tokred.compiler.relations import same
-
-    return same(predicted, real)
-
-
 def _by_schema(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -311,21 +306,3 @@ def _by_schema(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...],
         else:
             args.append(value)
     return tuple(args), kwargs
-
-
-def _fake(node: fx.Node) -> Any:
-    """Run the op on the fake tensors of its inputs."""
-
-    def value(n: fx.Node) -> Any:
-        return n.meta["val"]
-
-    fake = next(
-        (t.fake_mode for n in node.all_input_nodes if (t := tensor_meta(n)) is not None and hasattr(t, "fake_mode")),
-        None,
-    )
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    with torch.no_grad(), enable_python_dispatcher():
-        if fake is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        with fake:
-            return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokred.compiler.capture import STRIDED
+from tokred.compiler.fake import run_fake
 
 __all__ = ["record"]
 
@@ -72,7 +73,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # what FakeTensor makes of `x.device`
+            return args[0].fake_device
+        out = run_fake(func, args, kwargs)
         node_args, node_kwargs = _pytree.tree_map(self._argument, (args, kwargs))
         node = self.graph.call_function(aten.reshape.default if func in STRIDED else func, node_args, node_kwargs)
         node.meta["val"] = out

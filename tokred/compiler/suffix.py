@@ -14,8 +14,7 @@ import torch
 from torch import fx
 
 from tokred.compiler.axes import Axes, Dim
-from tokred.compiler.blocks import is_parameter
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op, Window, flow_of
 from tokred.compiler.staging import Batch, Layout, Obstacle, Probe, Rows, Stage, advance, rows_of
 

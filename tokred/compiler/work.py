@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokred.compiler.blocks import is_parameter
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op
 
 __all__ = ["Sizes", "flops", "hint", "moved", "sizes_now", "weights"]

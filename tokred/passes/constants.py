@@ -9,8 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
-from tokred.compiler.blocks import is_parameter
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op, same
 from tokred.passes.indices import PERMUTES, SAME, VIEWS
 
