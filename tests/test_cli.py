@@ -83,6 +83,13 @@ def test_explain_prints_json_and_writes_html(capsys, tiny, tmp_path):
     assert str(page) in captured.err
 
 
+def test_explain_takes_options_of_the_backend(capsys, tiny):
+    assert main(["explain", f"{tiny}:build", "--option", "exact=False", "--option", "lower=eager"]) == 0
+    assert "canonical_attention" not in capsys.readouterr().out
+    assert "'exact'" in _bad(capsys, "explain", f"{tiny}:build", "--option", "exakt=False")
+    assert "NAME=VALUE" in _bad(capsys, "explain", f"{tiny}:build", "--option", "exact")
+
+
 def test_explain_without_a_recipe_runs_the_exact_passes(capsys, tiny):
     assert main(["explain", f"{tiny}:build"]) == 0
     assert "norm" not in capsys.readouterr().out

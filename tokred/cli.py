@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -72,7 +73,24 @@ def _parser() -> argparse.ArgumentParser:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--recipe", metavar="R", default=None, help='such as "tome(r=13)"; default: exact passes only')
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the backend: gate=True"
+    )
     parser.add_argument("--batch", type=_positive, default=None, help="batch size (default: 8, or the callable's own)")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The `--option`s: Python literals, or words."""
+    options: dict[str, Any] = {}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise OptionError(f"--option {text!r} is not of the form NAME=VALUE.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
 
 
 def _positive(text: str) -> int:
@@ -88,7 +106,7 @@ def _explain(args: argparse.Namespace) -> None:
     import tokred
 
     model, inputs, keywords = load_target(args.model, args.batch)
-    report = tokred.explain(model, *inputs, recipe=args.recipe, **keywords)
+    report = tokred.explain(model, *inputs, recipe=args.recipe, options=_options(args), **keywords)
     print(json.dumps(report.to_json(), indent=2) if args.json else report)
     if args.html is not None:
         args.html.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +143,7 @@ def _bench(args: argparse.Namespace) -> None:
     compiled = {
         "eager": model,
         "inductor": torch.compile(model, backend="inductor"),
-        f"tokred {args.recipe or '(exact passes only)'}": tokred.compile(model, recipe=args.recipe),
+        f"tokred {args.recipe or '(exact passes only)'}": tokred.compile(model, recipe=args.recipe, **_options(args)),
     }
     with torch.no_grad():
         calls = {name: _call(function, inputs, keywords) for name, function in compiled.items()}
