@@ -53,7 +53,8 @@ def test_every_attention_block_is_found_or_refused(name: str) -> None:
 
 
 def test_most_architectures_reduce_tokens() -> None:
-    assert sum(bool(row["reduced"]) and row["lossy"] == "ok" for row in TABLE.values()) >= 35
+    reduced = [row["lower"] for row in TABLE.values() if row["reduced"] and row["lossy"] == "ok"]
+    assert reduced.count("inductor") >= 35
 
 
 class Side:
