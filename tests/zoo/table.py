@@ -63,9 +63,10 @@ def _totals(rows: dict[str, dict[str, Any]]) -> str:
     attention, of = (sum(row["attention"][i] for row in rows.values()) for i in (0, 1))
     mlp, mlp_of = (sum(row["mlp"][i] for row in rows.values()) for i in (0, 1))
     reduced = [row["lower"] for row in rows.values() if row["reduced"] and row["lossy"] == "ok"]
+    through = reduced.count("inductor")
     return (
         f"{len(rows)} architectures: {attention} attention blocks found of {of}, {mlp} MLP blocks of {mlp_of}; "
-        f"the recipe reduced tokens in {len(reduced)} architectures, {reduced.count('inductor')} of them through Inductor."
+        f"the recipe reduced tokens in {len(reduced)} architectures, {through} of them through Inductor."
     )
 
 
