@@ -31,7 +31,8 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
         return _traced(done, gm)
 
     plain = getattr(model, "_orig_mod", model)  # a model that is compiled already is explained as it was before
-    with torch.no_grad():
+    # Dynamo counts what else this model was compiled with, and would run the ninth variant as it stands.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
         compiled(*args, **kwargs)
     return Report(graphs)
