@@ -321,3 +321,13 @@ def test_torch_logs_shows_the_graphs() -> None:
     environment = {**os.environ, "TORCH_LOGS": "+tokred"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert "after reduce_tokens" in done.stderr and "tome(r=4" in done.stderr
+
+
+def test_explain_works_on_a_model_that_was_compiled_many_times() -> None:
+    """Dynamo runs a ninth variant of one forward as it stands; a report on nothing would be the result."""
+    model, x = vit(), pixels(2)
+    with torch.no_grad():
+        for _ in range(torch._dynamo.config.recompile_limit):
+            torch.compile(model, backend=lambda gm, inputs: gm.forward)(pixel_values=x)
+    (graph,) = tokred.explain(model, pixel_values=x, recipe=TOME).graphs
+    assert any(block.method for block in graph.blocks)

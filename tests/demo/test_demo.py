@@ -82,9 +82,9 @@ def test_augmentation_is_seeded_and_keeps_the_background():
 
 def test_rows_are_written_as_json_and_as_a_plot(tmp_path):
     rows = [
-        Row(DENSE, DENSE, 0.98, 65, 65.0, 1.0, 9.0),
-        Row("tome", "tome(r=8)", 0.97, 17, 40.0, 0.6, 12.0, 1.5),
-        Row("tome", "tome(r=4)", 0.98, 41, 50.0, 0.8, 12.0, 1.2),
+        Row(DENSE, DENSE, 0.98, 65, 65.0, 1.0),
+        Row("tome", "tome(r=8)", 0.97, 17, 40.0, 0.6, 1.5),
+        Row("tome", "tome(r=4)", 0.98, 41, 50.0, 0.8, 1.2),
     ]
     written = json.loads(write_json(rows, tmp_path / "demo.json").read_text())
     assert [row["recipe"] for row in written["rows"]] == [DENSE, "tome(r=8)", "tome(r=4)"]

@@ -1,7 +1,7 @@
 """`python -m tokred.demo.warm RECIPE ...`: compile the demo's model with each recipe, to fill Inductor's cache.
 
-Tracing and g++ leave a core idle now and then. The demo starts this beside itself, with its recipes from the last to the
-first, and finds those it comes to later in the cache.
+Tracing and g++ leave a core idle now and then. The demo starts this beside itself, with its recipes from the last to
+the first, and finds those that it comes to later in the cache.
 """
 
 from __future__ import annotations
