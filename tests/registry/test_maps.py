@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree
 
-from tokred.registry.maps import Keep, Merge, Mlerp, Represent, Soft
+from tokred.registry.maps import Keep, Merge, Mlerp, Represent, Soft, partition
 
 B, N, C = 3, 11, 5
 HEAD, TAIL = 2, 1
@@ -264,3 +264,11 @@ def test_maps_are_pytrees(make):
     assert type(again) is type(token_map)
     x = numbers(B, N, C)
     assert torch.equal(again.reduce(x), token_map.reduce(x))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, N])
+def test_partition_is_what_sorting_gives(count):
+    order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(b)) for b in range(B)])
+    chosen, others = partition(order[:, :count], N)
+    assert torch.equal(chosen, order[:, :count].sort(dim=1).values)
+    assert torch.equal(others, order[:, count:].sort(dim=1).values)

@@ -106,8 +106,7 @@ class Aligner:
         sizes = [size if d == place else -1 for d in range(len(shape))]
         node = self.emit(lambda x: x.reshape(shape).expand(sizes), value.node)
         layout = {d + lead: f for d, f in value.layout.items()} | {place: factors}
-        memo = Value(node, layout, value.origin)
-        return memo, dim + lead
+        return Value(node, layout, value.origin), dim + lead
 
     def _forward(self, value: Value, dim: int, place: int, stage: Stage, role: str) -> Value:
         """Through one map, along one dimension. The same value through the same map is computed once."""
@@ -116,7 +115,7 @@ class Aligner:
             rows = value.layout[dim][place]
             assert isinstance(rows, Rows) and stage.parent is rows.stage
             made = Rows(stage, rows.lo, rows.hi, rows.weighted)
-            node = self._along(value, dim, place, lambda x, m: getattr(m, role)(x), stage, rows)
+            node = self._along(value, dim, place, lambda x, m, _: getattr(m, role)(x), stage, rows)
             layout = dict(value.layout) | {
                 dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))
             }
@@ -178,7 +177,7 @@ class Aligner:
     def _along(
         self, value: Value, dim: int, place: int, apply: Any, stage: Stage, rows: Rows, stale: Value | None = None
     ) -> fx.Node:
-        """Apply a map's method along one factor of one dimension: lay out as [B N rest], apply, lay back."""
+        """`apply(x, map, stale)` along one factor of one dimension: lay out as [B N rest], apply, lay back."""
         factors: list[Factor] = []
         owner: list[int] = []
         for d, size in enumerate(value.shape):
@@ -205,12 +204,8 @@ class Aligner:
 
         def function(x: torch.Tensor, token_map: Any, old: torch.Tensor | None) -> Any:
             part = token_map.window(lo, hi, length) if lo or hi else token_map
-            arguments = (
-                [lay_out(x, sizes[token]), part]
-                if old is None
-                else [lay_out(x, sizes[token]), part, lay_out(old, length - lo - hi)]
-            )
-            y = apply(*arguments) if len(arguments) == 3 or apply.__code__.co_argcount == 2 else apply(*arguments, None)
+            stale_rows = None if old is None else lay_out(old, length - lo - hi)
+            y = apply(lay_out(x, sizes[token]), part, stale_rows)
             if simple and rank == 3:
                 return y
             y = y.reshape([y.shape[1] if i == token else sizes[i] for i in order]).permute(inverse)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from tokred.compiler.align import ATTENTION, Aligner, CannotAlign, Value
-from tokred.compiler.capture import source_line
+from tokred.compiler.capture import STRIDED, source_line
 from tokred.compiler.fake import run_fake
 from tokred.compiler.record import record
 from tokred.compiler.relations import Link, Op, Window, flow_of, same
@@ -35,13 +35,7 @@ __all__ = ["Lift", "ShapeMismatch"]
 
 aten = torch.ops.aten
 
-VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-}
+VIEWS = STRIDED | {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 
 
 class ShapeMismatch(Exception):

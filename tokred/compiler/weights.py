@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from tokred.compiler.align import CannotAlign, Value
+from tokred.compiler.graphs import times
 from tokred.compiler.relations import Op
 from tokred.compiler.staging import Advance, Batch, Factor, Plain, Rows, Stage, rows_of
 
@@ -37,7 +38,7 @@ def _size_bias(lift: Lift, rows: Rows, lead: list[tuple[Factor, ...] | Any], lik
         full = [f.size if isinstance(f, Batch) or len(parts) > 1 else 1 for f in parts if not isinstance(f, Rows)]
         shape += sizes
         wide += full
-        merged.append(_times(full))
+        merged.append(times(full))
     lo, hi, dtype = rows.lo, rows.hi, like.meta["val"].dtype
 
     def function(bias: torch.Tensor) -> torch.Tensor:
@@ -139,10 +140,7 @@ def _pulled(lift: Lift, rows: Rows) -> fx.Node:
 
             def function(m: Any, w: torch.Tensor | None, length: Any = length) -> torch.Tensor:
                 part = m.window(rows.lo, rows.hi, length) if rows.lo or rows.hi else m
-                index = part.keep if hasattr(part, "keep") else part.matrix if hasattr(part, "matrix") else part.index
-                if w is None:
-                    w = torch.ones((index.shape[0], length - rows.lo - rows.hi), device=index.device)
-                pulled: torch.Tensor = part.pull(w)
+                pulled: torch.Tensor = part.pull(part.ones(length - rows.lo - rows.hi) if w is None else w)
                 return pulled
 
             stage.cache[key] = lift.emit(function, stage.map, before)
@@ -153,10 +151,3 @@ def _pulled(lift: Lift, rows: Rows) -> fx.Node:
 
 def _has_rows(factors: tuple[Factor, ...] | None) -> bool:
     return factors is not None and any(isinstance(f, Rows) for f in factors)
-
-
-def _times(sizes: list[Any]) -> Any:
-    total: Any = 1
-    for size in sizes:
-        total = total * size
-    return total

@@ -46,6 +46,11 @@ class TokenMap:
         """[B N] -> [B K]: weights w' with sum_j w'_j y_j = sum_i w_i restore(y)_i."""
         raise NotImplementedError
 
+    def ones(self, length: Any) -> Tensor:
+        """[B length] ones, on the map's device."""
+        first: Tensor = getattr(self, fields(self)[0].name)
+        return torch.ones((first.shape[0], length), device=first.device)
+
     def restore(self, y: Tensor, stale: Tensor | None) -> Tensor:
         """[B K C] -> [B N C]. `stale` [B N C] holds the last value of rows that a Keep dropped."""
         raise NotImplementedError
