@@ -331,3 +331,10 @@ def test_explain_works_on_a_model_that_was_compiled_many_times() -> None:
             torch.compile(model, backend=lambda gm, inputs: gm.forward)(pixel_values=x)
     (graph,) = tokred.explain(model, pixel_values=x, recipe=TOME).graphs
     assert any(block.method for block in graph.blocks)
+
+
+def test_the_report_lists_blocks_in_the_order_in_which_they_run() -> None:
+    (graph,) = tokred.explain(vit(), pixel_values=pixels(2)).graphs
+    assert [(block.kind, block.layer) for block in graph.blocks] == [
+        (kind, layer) for layer in range(3) for kind in ("attention", "mlp")
+    ]

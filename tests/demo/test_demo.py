@@ -7,7 +7,7 @@ import torch
 
 from tokred.demo.data import digits, split
 from tokred.demo.model import CHECKPOINT, example, load
-from tokred.demo.run import DENSE, Row, plot_rows, write_json
+from tokred.demo.run import DENSE, Row, _warming, plot_rows, write_json
 from tokred.demo.train import accuracy, augment
 
 FIRST_HELD_OUT = [
@@ -90,3 +90,9 @@ def test_rows_are_written_as_json_and_as_a_plot(tmp_path):
     assert [row["recipe"] for row in written["rows"]] == [DENSE, "tome(r=8)", "tome(r=4)"]
     assert written["rows"][1]["speed"] == 1.5
     assert plot_rows(rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_second_process_ends_with_the_block():
+    with _warming(["norm(keep=0.5)"]) as process:
+        assert process.poll() is None
+    assert process.returncode is not None

@@ -109,13 +109,13 @@ def run_demo(console: Console, out: Path = Path("out"), rounds: int | None = Non
 
 
 @contextmanager
-def _warming(recipes: list[str]) -> Iterator[None]:
+def _warming(recipes: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Compile `recipes` into Inductor's cache in a second process as well; it is gone when the block ends."""
     command = [sys.executable, "-m", "tokred.demo.warm", *recipes]
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
     try:
-        yield
+        yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
