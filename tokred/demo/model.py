@@ -64,7 +64,7 @@ def load(path: Path = CHECKPOINT) -> DigitViT:
     return model.eval()
 
 
-def example(batch: int = 108) -> tuple[DigitViT, tuple[Tensor], dict[str, object]]:
+def example(batch: int = 54) -> tuple[DigitViT, tuple[Tensor], dict[str, object]]:
     """The trained model and held-out images, as a MODEL of the command line: `tokred.demo.model:example`."""
     from tokred.demo.data import digits, split
 
