@@ -42,7 +42,7 @@ DENSE = 'backend="inductor"'
 SHOWN = "tome(r=8)"  # the recipe of report.html
 
 # The methods meet at equal numbers of patches, 49 or 36 of 64 (squares, so that a coarser grid has them too), from one
-# layer on: a fair comparison, and most generated kernels are shared, which is what keeps a cold run short. --quick takes
+# layer on: a fair comparison, and most generated kernels are shared, so a cold run is short. --quick takes
 # the first recipe of each method.
 RECIPES: dict[str, tuple[str, ...]] = {
     "random": ("random(keep=0.56, layers=[1])", "random(keep=0.76, layers=[1])"),
