@@ -78,7 +78,7 @@ class Aligner:
             value = self._back(value, dim, common)
             for stage in then.chain[then.chain.index(common) + 1 :]:
                 if stage.map.per_sample:
-                    value, dim = self._with_batch(op, key, value, dim, step)
+                    value, dim = self._with_batch(op, key, value, dim, step, stage)
                 value = self._forward(value, dim, place, stage, self._role(op, key, value, dim))
         return value
 
@@ -90,7 +90,9 @@ class Aligner:
         several = len(rows_of(value.layout)) > 1
         return "reduce" if op.target in ADDITIVE and dtype.is_floating_point and not several else "pick"
 
-    def _with_batch(self, op: Op, key: tuple[str, int], value: Value, dim: int, step: Advance) -> tuple[Value, int]:
+    def _with_batch(
+        self, op: Op, key: tuple[str, int], value: Value, dim: int, step: Advance, stage: Stage
+    ) -> tuple[Value, int]:
         """Give a side input a batch dimension where broadcasting expects it: gathered rows differ per sample."""
         if any(isinstance(f, Batch) for factors in value.layout.values() for f in factors):
             return value, dim
@@ -104,7 +106,7 @@ class Aligner:
         shape = (1,) * lead + value.shape
         size = extent(factors)
         sizes = [size if d == place else -1 for d in range(len(shape))]
-        node = self.emit(lambda x: x.reshape(shape).expand(sizes), value.node)
+        node = self.emit(lambda x, _: x.reshape(shape).expand(sizes), value.node, stage.map)  # the map shows the size
         layout = {d + lead: f for d, f in value.layout.items()} | {place: factors}
         return Value(node, layout, value.origin), dim + lead
 

@@ -297,6 +297,8 @@ def _bounds(op: Op, size: Any) -> tuple[Any, Any]:
         stop = stop + size
     if isinstance(stop, int) and (stop >= 2**62 or (isinstance(size, int) and stop > size)):
         stop = size
+    if isinstance(size, int) and isinstance(start, int) and isinstance(stop, int):
+        start, stop = min(max(start, 0), size), max(stop, 0)
     return start, stop
 
 

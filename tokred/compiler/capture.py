@@ -65,6 +65,8 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
             traced.graph.erase_node(node)
         elif node.target in STRIDED:
             node.target = aten.reshape.default
+        elif node.target is aten.cat.default:
+            _drop_empty_parts(node)
     traced.graph.lint()
     traced.recompile()
     return traced
@@ -144,6 +146,19 @@ def is_parameter(node: Any) -> bool:
 def _is_module_state(node: fx.Node) -> bool:
     """Dynamo names placeholders of parameters and buffers after their place in the module tree."""
     return "_parameters_" in node.name or "_buffers_" in node.name
+
+
+def _drop_empty_parts(cat: fx.Node) -> None:
+    """`cat([tensor([]), x])` is a copy of x: what appending to an empty KV cache looks like."""
+    parts = cast(list[Any], cat.args[0])
+    left = [part for part in parts if (meta := tensor_meta(part)) is None or meta.shape != (0,)]
+    result, first = tensor_meta(cat), tensor_meta(left[0]) if left else None
+    if len(left) == len(parts) or result is None or first is None or first.dtype != result.dtype:
+        return
+    if len(left) > 1:
+        cat.args = (left, *cat.args[1:])
+    else:
+        cat.target, cat.args, cat.kwargs = aten.clone.default, (left[0],), {"memory_format": torch.contiguous_format}
 
 
 def _restore_attributes(traced: fx.GraphModule, gm: fx.GraphModule, signature: Any) -> None:

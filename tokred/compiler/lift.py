@@ -8,6 +8,7 @@ are restored first. Nothing that never meets a reduced axis is touched.
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -178,8 +179,9 @@ class Lift:
                 arguments[name] = [node if i == index else item for i, item in enumerate(value)]
             else:
                 arguments[name] = node
-        arguments = fx.map_arg(
-            arguments, lambda n: self._node(self.env[n]) if n in self.env and n.graph is not self.graph else n
+        own = self.graph
+        arguments = dict(
+            fx.map_arg(arguments, lambda n: self._node(self.env[n]) if n in self.env and n.graph is not own else n)
         )
         target: Any = op.target
         if target in VIEWS:
@@ -261,13 +263,16 @@ class Lift:
         for consumer in consumers or []:
             self.redirect[node, consumer] = made
 
-    def finish(self, *, full: bool, extra: tuple[fx.Node, ...] = ()) -> fx.GraphModule:
-        """Append the output, restored unless reduced tokens were asked for; `extra` nodes are returned behind it."""
+    def finish(self, *, full: bool, short: Container[fx.Node] = (), extra: tuple[fx.Node, ...] = ()) -> fx.GraphModule:
+        """Append the output, restored unless reduced tokens were asked for; `extra` nodes are returned behind it.
+
+        What is in `short`, KV caches, stays as short as it is.
+        """
         output = self.source.graph.output_node()
 
         def final(node: fx.Node) -> Any:
             value = self.env[node]
-            if isinstance(value, Value) and full:
+            if isinstance(value, Value) and full and node not in short:
                 value = self.aligner.restore(value)
             return self._node(value)
 
