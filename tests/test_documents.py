@@ -38,7 +38,7 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
 def test_the_readme_s_option_table_is_complete():
     table = README.split("## Options")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert named == [field.name for field in fields(Options) if field.name not in ("mode", "texts")]
+    assert named == [field.name for field in fields(Options) if field.name not in ("mode", "companion", "texts")]
 
 
 def test_the_readme_s_recipes_can_be_read():

@@ -31,7 +31,10 @@ def backend(
     Raises OptionError and RecipeError for bad input, StrictError under `strict=True`; anything else that cannot be
     rewritten is compiled unchanged and reported.
     """
-    parsed = parse_options(options, mode)
+    return _compile(gm, example_inputs, parse_options(options, mode))
+
+
+def _compile(gm: fx.GraphModule, example_inputs: list[Any], parsed: Options) -> Callable[..., Any]:
     function, report = compile_graph(gm, example_inputs, parsed, _observer(parsed))
     if parsed.dump is not None:
         dump_report(_folder(parsed.dump), Report([report]))
@@ -70,13 +73,23 @@ def compile(
     """`torch.compile(model, backend="tokred")` with the recipe as an argument; other keywords are its options.
 
     Unlike torch.compile, bad options are raised here and not at the first call. (`mode` goes to Inductor unchanged.)
+    A transformers model with `generate()` comes back as one that shares its parameters and whose caches know which
+    tokens they hold, so that generation goes on correctly behind a prefill that dropped some.
     """
     parse_options({"recipe": recipe, **options}, mode)
+    companion = isinstance(model, torch.nn.Module) and getattr(model, "can_generate", bool)()
 
     def tokred(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return backend(gm, example_inputs, mode=mode, options={"recipe": recipe, **options})
+        return _compile(gm, example_inputs, parse_options({"recipe": recipe, **options}, mode, companion=companion))
 
-    return torch.compile(model, backend=tokred, fullgraph=fullgraph, dynamic=dynamic)
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, backend=tokred, fullgraph=fullgraph, dynamic=dynamic)
+
+    if not companion:
+        return compiled(model)
+    from tokred.generation import with_pruned_caches  # imports transformers, which such a model has
+
+    return with_pruned_caches(model, compiled)
 
 
 def reports() -> Report:

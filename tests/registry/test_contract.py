@@ -203,7 +203,7 @@ class FixesTheBatch(Sound):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "broken, message",
-    [(BreaksWhenTraced, "acts in neither model: method-raised"), (FixesTheBatch, "graphs for 2 batch sizes, not one")],
+    [(BreaksWhenTraced, "acts in no model: method-raised"), (FixesTheBatch, "graphs for 2 batch sizes, not one")],
 )
 def test_what_only_a_model_shows_is_noticed(broken, message):
     with pytest.raises(AssertionError, match=message):

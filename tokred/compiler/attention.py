@@ -27,6 +27,7 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default}
+WRITES = {aten.index_copy.default, aten.slice_scatter.default, aten.index_put.default}
 ELEMENTWISE = (
     aten.view.default,
     aten._unsafe_view.default,
@@ -209,6 +210,10 @@ def _place_on_stream(block: Attention, axes: Axes, order: dict[fx.Node, int], an
     """Find the residual join, which of its dimensions are tokens and samples, and where the block's input enters."""
     tokens = _query_tokens(block, axes)
     where = f"{block.module} ({block.source})" if block.module else block.source
+    cache = _cache_behind(block)
+    if cache is not None:
+        block.refusal = Refusal(*cache, where)
+        return
     if block.form == "pool":
         block.refusal = Refusal("single-query", "one query reads all tokens: there is no token axis to reduce", where)
         return
@@ -236,6 +241,20 @@ def _place_on_stream(block: Attention, axes: Axes, order: dict[fx.Node, int], an
     if block.form == "cross":
         block.refusal = Refusal("cross-attention", "the keys are not tokens of the stream that would be reduced", where)
     block.entry, block.entry_users = _entry(block)
+
+
+def _cache_behind(block: Attention) -> tuple[str, str] | None:
+    """Whether the keys are more than those of this graph's own tokens, as code and reason of a refusal."""
+    node: Any = block.key
+    while isinstance(node, fx.Node) and node.target in ELEMENTWISE:
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or block.form not in ("pool", "cross"):
+        return None
+    if node.target in WRITES:
+        return "static-cache", "the keys are written into a cache of fixed length, which would keep the dropped ones"
+    if node.target is aten.cat.default and any(n.op == "placeholder" for n in node.all_input_nodes):
+        return "decode", "these tokens extend cached keys: tokens are reduced in prefill"
+    return None
 
 
 def _misplaced(tokens: Dim, dims: list[Dim], where: str) -> Refusal:

@@ -13,6 +13,7 @@ __all__ = ["Options", "parse_options"]
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 OUTPUTS = ("full", "reduced")
+SPANS = ("visual",)
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,21 @@ class Options:
     lower: str = "inductor"
     outputs: str = "full"
     passes: tuple[str, ...] = ()
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     dump: Path | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
+    companion: bool = False  # whether tokred.generation runs the model, and tells its caches what was removed
     texts: bool = False  # whether the report carries both graphs as text (explain and dump ask for it)
 
 
-def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Options:
+def parse_options(options: dict[str, Any] | None, mode: str | None = None, *, companion: bool = False) -> Options:
     """Check and convert what the user passed to torch.compile.
 
     Raises OptionError for an unknown option or a value of the wrong kind, RecipeError for a recipe that cannot be read.
     """
     given = dict(options or {})
-    known = [f.name for f in fields(Options) if f.name not in ("mode", "texts")]
+    known = [f.name for f in fields(Options) if f.name not in ("mode", "texts", "companion")]
     for name in given:
         if name not in known:
             raise OptionError(f"tokred has no option {name!r}.{nearest(str(name), known)}")
@@ -51,6 +54,7 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Op
             raise OptionError(f"option {name}={given[name]!r} is unknown.{nearest(str(given[name]), values)}")
     if not isinstance(given.get("inductor", {}), dict):
         raise OptionError(f"option inductor={given['inductor']!r}: a dict of Inductor config patches")
+    given["spans"] = _spans(given.get("spans", {}))
     if "passes" in given:
         chosen = (given["passes"],) if isinstance(given["passes"], str) else tuple(given["passes"])
         given["passes"] = chosen
@@ -58,4 +62,18 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None) -> Op
         given["dump"] = Path(given["dump"])
     given["texts"] = given.get("dump") is not None
     given["recipe"] = parse_recipe(given.get("recipe"))
-    return Options(**given, mode=mode)
+    return Options(**given, mode=mode, companion=companion)
+
+
+def _spans(given: Any) -> dict[str, tuple[int, int]]:
+    if not isinstance(given, dict):
+        raise OptionError(f"option spans={given!r}: a dict such as {{'visual': (35, 611)}}")
+    spans = {}
+    for name, bounds in given.items():
+        if name not in SPANS:
+            raise OptionError(f"option spans has no {name!r}.{nearest(str(name), SPANS)}")
+        numbers = isinstance(bounds, (tuple, list)) and all(type(bound) is int for bound in bounds)
+        if not numbers or len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
+            raise OptionError(f"option spans: {name} is {bounds!r}, not (first row, row behind the last)")
+        spans[name] = (bounds[0], bounds[1])
+    return spans

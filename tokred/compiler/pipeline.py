@@ -13,6 +13,7 @@ from torch import fx
 from tokred.backends import lower
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import find_blocks, renumber
+from tokred.compiler.caches import delivering
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
 from tokred.compiler.options import Options
@@ -36,6 +37,7 @@ class Compiled:
     report: GraphReport
     changed: bool = False
     applied: list[Any] = field(default_factory=list)  # the sites that acted, in order
+    caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
 
 
 def compile_graph(
@@ -51,6 +53,8 @@ def compile_graph(
     done = transform(gm, example_inputs, options, keep if options.verify else observe)
     graph = done.graph if done.changed else gm
     compiled = lower(graph, example_inputs, options.lower, mode=options.mode, patches=options.inductor)
+    if done.caches:
+        compiled = delivering(compiled, done.caches)
     return (verified(compiled, stages, done.report) if options.verify else compiled), done.report
 
 
@@ -100,8 +104,7 @@ def _transform(
     blocks = renumber(find_blocks(graph, axes), original) if graph is not captured else original
     started = time.perf_counter()
     gate = Gate(graph, blocks, axes, refuse=options.gate)
-    full = options.outputs == "full"
-    reduced = reduce_tokens(graph, blocks, axes, options.recipe, full=full, gate=gate, trace=trace)
+    reduced = reduce_tokens(graph, blocks, axes, options, gate=gate, trace=trace)
     if options.recipe.methods:
         report.passes.append(PassReport("reduce_tokens", False, len(reduced.applied), time.perf_counter() - started))
         observe("reduce_tokens", reduced.graph)
@@ -113,7 +116,8 @@ def _transform(
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report)
-    return Compiled(graph, report, changed=graph is not captured, applied=list(reduced.applied.values()))
+    applied = list(reduced.applied.values())
+    return Compiled(graph, report, changed=graph is not captured, applied=applied, caches=reduced.caches)
 
 
 def _plugins(
@@ -155,11 +159,12 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
 
 
 def _enforce(options: Options, report: GraphReport) -> None:
-    refused = [block for block in report.blocks if block.refusal is not None and block.method is not None]
-    for block in refused:
-        assert block.refusal is not None
-        log.info("%s layer %d: %s refused: %s", report.model, block.layer, block.method, block.refusal.reason)
+    refused = [
+        (block, block.refusal) for block in report.blocks if block.refusal is not None and block.method is not None
+    ]
+    refused = [(block, refusal) for block, refusal in refused if refusal.code != "decode"]  # recipes mean the prefill
+    for block, refusal in refused:
+        log.info("%s layer %d: %s refused: %s", report.model, block.layer, block.method, refusal.reason)
     if options.strict and refused:
-        block = refused[0]
-        assert block.refusal is not None
-        raise StrictError(f"{block.method} at {block.refusal.where}: {block.refusal.reason} [{block.refusal.code}]")
+        block, refusal = refused[0]
+        raise StrictError(f"{block.method} at {refusal.where}: {refusal.reason} [{refusal.code}]")

@@ -30,8 +30,11 @@ class Reduction:
     layers   where it may act: ints (negative from the end), a slice such as "8:24", or a glob on module names;
              None is the method's own choice (`default_layers`)
 
-    needs    what the site must have: "keys", "queries", "class_token", "grid"
-    scope    "persistent": the stream stays short from here on; "round_trip": only this attention sees fewer tokens
+    needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features)
+    scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
+             "round_trip": only this attention sees fewer tokens
+    probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
+             the layer itself, computed for the tokens that it would have had
     reads    whether the method looks at tensors outside the token axis' own stream at all; a static choice does not
     """
 
@@ -41,6 +44,7 @@ class Reduction:
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "persistent"
+    probe: ClassVar[str] = "previous"
     averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
     causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
 

@@ -28,6 +28,9 @@ class Place:
     tokens  N, before this site
     head    protected tokens at the front, which keep their rows (class, distillation, registers)
     tail    the same at the back
+    span    how many unprotected tokens there are where they do not lie between head and tail: those of a visual span
+            at other places in each sample. None where they do
+    whole   the number of unprotected tokens before anything was removed from this axis
     grid    rows and columns of the patches between head and tail, where they still form a grid
     """
 
@@ -36,12 +39,14 @@ class Place:
     tokens: Any
     head: int = 0
     tail: int = 0
+    span: Any = None
+    whole: Any = None
     grid: tuple[int, int] | None = None
 
     @property
     def free(self) -> Any:
         """How many tokens are not protected."""
-        return self.tokens - self.head - self.tail
+        return self.tokens - self.head - self.tail if self.span is None else self.span
 
     def count(self, keep: float) -> Any:
         """How many unprotected tokens stay if the fraction `keep` of them does, rounded up as EViT does."""
@@ -59,7 +64,10 @@ class Site(Place):
     size    [B N]      how many original tokens each row stands for, None while all are 1
     valid   [B N]      False for padding, None where nothing is masked
     mask    [B|1 1|H 1|N N] the attention's own mask, boolean or additive, or None
+    causal             whether the attention is causal by its flag, without a mask
     scale              the factor on q k^T
+    weights [B H N N]  the attention itself, where the model computes it anyway (eager attention), or None
+    inside  [B N]      True for the tokens of the visual span, exactly `span` of each sample, where `span` is not None
     """
 
     hidden: Tensor
@@ -69,7 +77,10 @@ class Site(Place):
     size: Tensor | None = None
     valid: Tensor | None = None
     mask: Tensor | None = None
+    causal: bool = False
     scale: Any = None
+    weights: Tensor | None = None
+    inside: Tensor | None = None
 
     @property
     def batch(self) -> Any:
@@ -98,29 +109,85 @@ class Site(Place):
         return mean / length
 
     def attention(self, row: int = 0) -> Tensor:
-        """[B H N] the attention of one query row, in float32 or better, masked and scaled as the model's own."""
-        assert self.query is not None and self.key is not None
-        query = self.query[:, :, row]  # [B H D]
-        groups = self.key.shape[1]
-        query = query.unflatten(1, (groups, -1))  # [B G H/G D]
-        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        scores = (query @ self.key.transpose(-1, -2)).flatten(1, 2) * scale  # [B H N]
-        scores = precise(scores)
-        if self.mask is not None:
-            mask = self.mask[:, :, min(row, self.mask.shape[2] - 1)]
+        """[B H N] the attention of one query row, in float32 or better, masked and scaled as the model's own.
+
+        A negative row counts from the end; -1 of a right-padded sample is its last token that is not padding.
+        """
+        if row < 0 and self.valid is not None:
+            return self.attend(self.last(-row)).squeeze(2)
+        row = row if row >= 0 else self.tokens + row
+        if self.weights is not None:
+            return precise(self.weights[:, :, row])
+        assert self.query is not None
+        mask = None if self.mask is None else self.mask[:, :, min(row, self.mask.shape[2] - 1)].unsqueeze(2)
+        return self._softmax(self.query[:, :, row : row + 1], mask, self.arange(row, row + 1)).squeeze(2)
+
+    def attend(self, rows: Tensor) -> Tensor:
+        """[B H R N] the attention of query rows [B R], in float32 or better, masked and scaled as the model's own."""
+        if self.weights is not None:
+            index = rows[:, None, :, None].expand(-1, self.weights.shape[1], -1, self.tokens)
+            return precise(self.weights.gather(2, index))
+        assert self.query is not None
+        heads, channels = self.query.shape[1], self.query.shape[-1]
+        query = self.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, channels))
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.expand(self.batch, -1, -1, -1)
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        weights = self._softmax(query, mask, rows)
+        if mask is not None and mask.dtype == torch.bool:  # padding may see nothing at all
+            weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        return weights
+
+    def last(self, back: int = 1) -> Tensor:
+        """[B 1] the row of the last token of each sample that is not padding, or of the one `back` - 1 before it."""
+        if self.valid is None:
+            return self.arange(self.tokens - back, self.tokens - back + 1)
+        places = torch.arange(1, self.tokens + 1, device=self.hidden.device)
+        return (self.valid * places).amax(-1, keepdim=True).expand(self.batch, -1) - back
+
+    def _softmax(self, query: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+        """[B H R D], [B|1 1|H R|1 N], [B R] -> [B H R N]; grouped keys are not expanded."""
+        assert self.key is not None
+        heads, count, channels = query.shape[1:]
+        query = query.unflatten(1, (self.key.shape[1], -1)).flatten(2, 3)  # [B G H/G*R D]
+        scale = channels**-0.5 if self.scale is None else self.scale
+        scores = precise((query @ self.key.transpose(-1, -2)).reshape(self.batch, heads, count, -1) * scale)
+        if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        elif self.causal:
+            later = torch.arange(self.tokens, device=rows.device) > rows.unsqueeze(-1)  # [B R N]
+            scores = scores.masked_fill(later.unsqueeze(1), -torch.inf)
         if self.size is not None and self.prop_attn:
-            scores = scores + self.size.clamp(min=1e-6).log().unsqueeze(1)
+            scores = scores + self.size.clamp(min=1e-6).log()[:, None, None]
         return scores.softmax(-1)
+
+    def candidates(self) -> Tensor:
+        """[B N'] row numbers of the unprotected tokens, ascending."""
+        if self.inside is None:
+            return self.arange(self.head, self.tokens - self.tail)
+        order = self.inside.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return order[:, : self.span]
 
     prop_attn: bool = False  # whether the model's own attention weighs keys by size at this site
 
+    def text_rows(self) -> tuple[Tensor, Tensor]:
+        """[B R] the rows of all tokens that are not visual, ascending, and which of them are text behind the image."""
+        visual = self.candidates()
+        _, rows = partition(visual, self.tokens)
+        text = rows > visual.amax(-1, keepdim=True)
+        return rows, text if self.valid is None else text & self.valid.expand(self.batch, -1).gather(1, rows)
+
     def keep_top(self, score: Tensor, count: Any) -> Keep:
         """Keep the `count` unprotected rows with the largest score [B N], in their order, and all protected ones."""
-        free = score[:, self.head : self.tokens - self.tail]
         if self.valid is not None:  # padding goes first
-            valid = self.valid[:, self.head : self.tokens - self.tail]
-            free = free.masked_fill(~valid, -torch.inf)
+            score = score.masked_fill(~self.valid, -torch.inf)
+        if self.inside is not None:
+            rows = self.candidates()
+            best = score.gather(1, rows).topk(count, dim=1).indices
+            gone = rows.gather(1, partition(best, self.span)[1])
+            return Keep(partition(gone, self.tokens)[1])
+        free = score[:, self.head : self.tokens - self.tail]
         chosen, _ = partition(free.topk(count, dim=1).indices, free.shape[1])
         return Keep(self.with_protected(chosen + self.head))
 

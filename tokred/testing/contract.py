@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokred.registry.method import Reduction
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.maps import check_plans
-from tokred.testing.models import Run, TinyText, TinyViT, check_dynamic, check_model, check_type
+from tokred.testing.models import Run, TinyPrompt, TinyText, TinyViT, check_dynamic, check_model, check_type
 from tokred.testing.sites import places
 
 __all__ = ["check_method", "idle"]
@@ -31,8 +31,8 @@ def check_method(
     - float32, bfloat16, float64; one sample, several, a dynamic number; padding; earlier merges; finite gradients
 
     method         a method object, its class (then with default options), or a recipe string of one method
-    model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT and a small
-                   text encoder, for methods that need something these lack
+    model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
+                   encoder and a small decoder with image tokens, for methods that need something these lack
 
     Clears Dynamo's compiled code (`torch.compiler.reset`).
     """
@@ -57,7 +57,7 @@ def check_method(
 
 def _check_small_models(method: Reduction, nothing: Reduction) -> None:
     runs: list[Run] = []
-    for model, make in ((TinyViT(), pixels), (TinyText(), words)):
+    for model, make in ((TinyViT(), pixels), (TinyText(), words), (TinyPrompt(), prompt)):
         tried = any(run.applied for run in runs)
         runs.append(check_model(method, nothing, model.eval(), make(3)))
         if runs[-1].applied and not tried:
@@ -65,7 +65,7 @@ def _check_small_models(method: Reduction, nothing: Reduction) -> None:
             check_dynamic(method, model.double(), [as_double(make(batch)) for batch in (3, 5)])
     if not any(run.applied for run in runs):
         refusals = "; ".join(refusal for run in runs for refusal in run.refusals)
-        raise AssertionError(f"{method} acts in neither model: {refusals or 'no site was offered'}")
+        raise AssertionError(f"{method} acts in no model: {refusals or 'no site was offered'}")
 
 
 def pixels(batch: int) -> tuple[Tensor, ...]:
@@ -77,6 +77,14 @@ def words(batch: int) -> tuple[Tensor, ...]:
     """Input of TinyText: every second sample ends in four words of padding."""
     padding = 4 * (torch.arange(batch) % 2)
     return torch.randint(0, 50, (batch, 21)), torch.arange(21) < 21 - padding.unsqueeze(1)
+
+
+def prompt(batch: int) -> tuple[Tensor, ...]:
+    """Input of TinyPrompt: the image starts at another place in each sample, and a word stands in its middle."""
+    ids = torch.randint(1, 50, (batch, 21))
+    first = 2 + torch.arange(batch).unsqueeze(1) % 5
+    rows = first + torch.tensor([0, 1, 2, 3, 4, 6, 7, 8, 9])
+    return ids.scatter(1, rows, 0), torch.randn(batch, 3, 6, 6)
 
 
 def as_double(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

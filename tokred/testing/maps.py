@@ -99,6 +99,9 @@ def check_plans(method: Reduction) -> int:
 
 def _check_protected(where: str, site: Site, token_map: TokenMap, reduced: Tensor) -> None:
     kept = reduced.shape[1]
+    if site.inside is not None:
+        left = token_map.groups(site.tokens) >= 0
+        assert (left | site.inside).all(), f"{where}: rows outside the visual span are protected and must stay"
     assert torch.equal(reduced[:, : site.head], site.hidden[:, : site.head]), (
         f"{where}: the first {site.head} rows are protected and must stay first, as they are"
     )

@@ -15,7 +15,7 @@ from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
 from tokred.registry.method import Reduction
 
-__all__ = ["Run", "TinyText", "TinyViT", "check_model", "compiled"]
+__all__ = ["Run", "TinyPrompt", "TinyText", "TinyViT", "check_model", "compiled"]
 
 WIDTH, HEADS, BLOCKS = 32, 4, 3
 
@@ -72,6 +72,27 @@ class TinyText(nn.Module):
             x = block(x, valid[:, None, None, :])
         x = self.norm(x)
         return {"logits": self.head(x[:, 0]), "tokens": x}
+
+
+class TinyPrompt(nn.Module):
+    """A prompt with the tokens of an image in it. ids [B 21] with nine zeros, pixels [B 3 6 6] -> logits [B 21 50]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, WIDTH), nn.Parameter(torch.randn(1, 21, WIDTH))
+        self.patch = nn.Conv2d(3, WIDTH, 2, stride=2)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        words, features = self.words(ids), self.patch(pixels).flatten(2).transpose(1, 2)
+        x = words.masked_scatter((ids == 0).unsqueeze(-1).expand_as(words), features) + self.places
+        places = torch.arange(ids.shape[1], device=ids.device)
+        causal = (places <= places.unsqueeze(-1))[None, None]
+        for block in self.blocks:
+            x = block(x, causal)
+        logits: Tensor = self.norm(x) @ self.words.weight.t()
+        return logits
 
 
 @dataclass

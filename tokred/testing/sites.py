@@ -21,6 +21,7 @@ SHAPES = (
     {"tokens": 35, "head": 0, "grid": (5, 7)},  # no class token, no side even
     {"tokens": 23, "head": 2, "tail": 1, "grid": (4, 5)},  # distillation in front, one more behind
     {"tokens": 24, "head": 1, "tail": 2},  # text
+    {"tokens": 29, "span": 12, "whole": 16},  # a prompt with an image's tokens at other places in each sample
 )
 
 
@@ -40,6 +41,8 @@ def places(method: Reduction) -> list[Place]:
 def _fits(method: Reduction, place: Place) -> bool:
     """Whether a method that needs this much is asked here, and does not refuse."""
     if ("class_token" in method.needs and not place.head) or ("grid" in method.needs and place.grid is None):
+        return False
+    if ("visual" in method.needs and place.span is None) or (place.span is not None and not method.causal_safe):
         return False
     try:
         method.removed(place)
@@ -73,6 +76,10 @@ def make_site(
     if sized:
         size = torch.randint(1, 4, (batch, tokens), generator=generator).to(wide)
         size = size if valid is None else size * valid
+    inside = None
+    if place.span is not None:
+        order = torch.rand(batch, tokens, generator=generator).argsort(dim=-1)
+        inside = torch.zeros(batch, tokens, dtype=torch.bool).scatter(1, order[:, : place.span], True)
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
     heads = (batch, HEADS, tokens, HEAD_DIM)
     return Site(
@@ -84,4 +91,5 @@ def make_site(
         size=size,
         valid=valid,
         mask=mask,
+        inside=inside,
     )

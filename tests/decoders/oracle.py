@@ -1,0 +1,146 @@
+"""The oracle: dropping rows at a layer is masking those keys in this layer and all later ones, in eager transformers.
+
+Nothing here knows tokred. Attention is written out, selections are written out
+from the papers' released code, one sample at a time where that is how they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["Selection", "adaptinfer", "attention_of", "fastv", "generate", "masked", "pyramiddrop"]
+
+Dropped = dict[int, Tensor]  # layer -> [B N], True where a prompt token is gone from this layer on
+
+
+_dropped: Dropped = {}
+_weights: dict[int, Tensor] = {}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as a textbook has it, in the precision of its inputs; [B H N D] -> [B N H D] and the weights."""
+    heads, length, total = query.shape[1], query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    seen = (
+        torch.ones(length, total, dtype=torch.bool).tril(total - length) if attention_mask is None else attention_mask
+    )
+    for first, gone in _dropped.items():
+        if first <= module.layer_idx:
+            seen = seen & ~nn.functional.pad(gone, (0, total - gone.shape[1]))[:, None, None]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)  # padding sees nothing
+    _weights[module.layer_idx] = weights
+    return (weights @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register("oracle", _attention)
+AttentionMaskInterface.register("oracle", sdpa_mask)
+
+
+@contextmanager
+def masked(dropped: Dropped) -> Iterator[None]:
+    """Inside, no query of a layer sees the keys that are dropped in it or in an earlier one."""
+    _dropped.update(dropped)
+    try:
+        yield
+    finally:
+        _dropped.clear()
+
+
+def attention_of(model: nn.Module, inputs: dict[str, Tensor], layer: int, dropped: Dropped) -> Tensor:
+    """[B H N N] the attention weights of one layer."""
+    with torch.no_grad(), masked(dropped):
+        model(**inputs, use_cache=False)
+    return _weights[layer]
+
+
+Selection = Callable[[nn.Module, dict[str, Tensor], Tensor], Dropped]  # model, inputs, [B N] visual -> what is dropped
+
+
+def _all_but_top(score: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """[B N] the candidates that are not among the `count` of each sample with the highest score."""
+    gone = candidates.clone()
+    for sample in range(len(score)):
+        places = candidates[sample].nonzero().squeeze(-1)
+        best = score[sample, places].topk(count).indices
+        gone[sample, places[best]] = False
+    return gone
+
+
+def fastv(layer: int, keep: float) -> Selection:
+    """pkunlp-icler/FastV: the last row of layer - 1's attention, mean over heads, the top of the image's tokens."""
+
+    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
+        score = attention_of(model, inputs, layer - 1, {})[:, :, -1].mean(1)
+        return {layer: _all_but_top(score, visual, round(keep * int(visual[0].sum())))}
+
+    return select
+
+
+def pyramiddrop(layers: list[int], keep: float) -> Selection:
+    """Cooperx521/PyramidDrop: at each layer, the last row of its own attention over the tokens that enter it."""
+
+    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
+        dropped: Dropped = {}
+        left, first = visual.clone(), int(visual[0].sum())
+        for stage, layer in enumerate(layers, 1):
+            score = attention_of(model, inputs, layer, dropped)[:, :, -1].mean(1)
+            dropped[layer] = _all_but_top(score, left, round(keep**stage * first))
+            left = left & ~dropped[layer]
+        return dropped
+
+    return select
+
+
+def adaptinfer(layers: list[int], shares: list[float]) -> Selection:
+    """weiczh02/AdaptInfer: per head, text-to-text attention weighs the text rows of the text-to-image attention."""
+
+    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
+        dropped: Dropped = {}
+        left, first = visual.clone(), int(visual[0].sum())
+        for layer, share in zip(layers, shares, strict=True):
+            attention = attention_of(model, inputs, layer - 1, dropped)
+            score = torch.zeros(left.shape, dtype=attention.dtype)
+            for sample in range(len(left)):
+                text = list(range(int(visual[sample].nonzero().max()) + 1, left.shape[1]))
+                for head in attention[sample]:
+                    inner = head[text][:, text]
+                    both = inner + inner.T - inner.diag().diag()
+                    score[sample] += both.sum(0) @ head[text]
+            dropped[layer] = _all_but_top(score, left, round(share * first))
+            left = left & ~dropped[layer]
+        return dropped
+
+    return select
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor], dropped: Dropped, steps: int) -> Tensor:
+    """[B steps] greedy tokens; every step runs the whole sequence again, without a cache."""
+    ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
+    image = {name: value for name, value in inputs.items() if name == "pixel_values"}
+    new: list[Tensor] = []
+    for _ in range(steps):
+        with torch.no_grad(), masked(dropped):
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **image).logits
+        new.append(logits[:, -1, :98].argmax(-1))  # 98 would be one more image token
+        ids = torch.cat([ids, new[-1][:, None]], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+    return torch.stack(new, 1)

@@ -1,0 +1,89 @@
+"""Dropping tokens in prefill equals masking their keys: selections, logits, caches, generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokred
+from tests.decoders import oracle
+from tests.decoders.models import DECODERS, IMAGE, LENGTH, SPAN, VLMS, build, prompts
+from tokred.generation import PrunedLayer
+
+METHODS: dict[str, oracle.Selection] = {
+    "fastv(layer=2, keep=0.5)": oracle.fastv(2, 0.5),
+    "pyramiddrop()": oracle.pyramiddrop([1, 2, 3], 0.5),
+    "adaptinfer(keep=[0.5, 0.25], layers=[1, 3])": oracle.adaptinfer([1, 3], [0.5, 0.25]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"lower": "eager"} | ({} if name in VLMS else {"spans": {"visual": SPAN}})
+
+
+def reference(name: str) -> Any:
+    model = build(name)
+    model.set_attn_implementation({"text_config": "oracle"} if name in VLMS else "oracle")
+    return model
+
+
+def visual(name: str, inputs: dict[str, Tensor]) -> Tensor:
+    """[B N] where the image is."""
+    places = torch.arange(LENGTH).expand_as(inputs["input_ids"])
+    return inputs["input_ids"] == IMAGE if name in VLMS else (places >= SPAN[0]) & (places < SPAN[1])
+
+
+def survivors(dropped: oracle.Dropped, batch: int) -> list[list[list[int]]]:
+    """The rows that are left after each cut."""
+    left, found = torch.ones(batch, LENGTH, dtype=torch.bool), []
+    for _, gone in sorted(dropped.items()):
+        left = left & ~gone
+        found.append([row.nonzero().squeeze(-1).tolist() for row in left])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("name", [*DECODERS, *VLMS])
+def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(name: str, recipe: str) -> None:
+    inputs = prompts(model=name)
+    plain = reference(name)
+    dropped = METHODS[recipe](plain, inputs, visual(name, inputs))
+    with torch.no_grad(), oracle.masked(dropped):
+        wanted = plain(**inputs, use_cache=False).logits
+
+    model = tokred.compile(build(name), recipe, **options(name))
+    with torch.no_grad():
+        output = model(**inputs)
+    left = survivors(dropped, 3)
+    caches = [layer.rows.tolist() for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
+    assert [rows for i, rows in enumerate(caches) if rows not in caches[:i]] == left, "selected otherwise"
+    for sample, survivor in enumerate(left[-1]):
+        real = [row for row in survivor if inputs["attention_mask"][sample, row]]
+        difference = (output.logits[sample, real] - wanted[sample, real]).abs().max()
+        assert difference < 1e-9 * wanted.abs().max(), f"{name}, {recipe}: off by {difference}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "llava", "internvl"])
+def test_generation_goes_on_behind_a_pruned_prefill(name: str) -> None:
+    inputs = prompts(4, model=name)
+    plain = reference(name)
+    dropped = oracle.fastv(2, 0.5)(plain, inputs, visual(name, inputs))
+    wanted = oracle.generate(plain, inputs, dropped, 32)
+    tokred.reset()
+    model = tokred.compile(build(name), "fastv(layer=2, keep=0.5)", **options(name))
+    given = {key: value for key, value in inputs.items() if key != "position_ids"}
+    new = model.generate(**given, do_sample=False, max_new_tokens=32, suppress_tokens=[IMAGE])[:, LENGTH:]
+    assert new.tolist() == wanted.tolist()
+    assert len({tuple(row) for row in wanted.tolist()}) == 4, "the reference says the same to every prompt"
+    assert len(tokred.reports().graphs) <= 4, "a graph for each step"

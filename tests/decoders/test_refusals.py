@@ -1,0 +1,130 @@
+"""What cannot be pruned in a decoder is refused or an error, never wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch._dynamo.exc import BackendCompilerFailed
+
+import tokred
+from tests.decoders.models import IMAGE, LENGTH, SIZES, SPAN, build, prompts
+from tokred.errors import OptionError
+from tokred.generation import PrunedLayer
+
+VISUAL = {"spans": {"visual": SPAN}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    tokred.reset()
+    yield
+    torch.compiler.reset()
+
+
+def refusals(model: Any, recipe: str, options: dict[str, Any]) -> list[str]:
+    """The refusals' codes; the compiled model's output is the model's own."""
+    compiled = torch.compile(model, backend="tokred", options={"recipe": recipe, "lower": "eager", **options})
+    inputs = prompts()
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits[real], model(**inputs).logits[real], rtol=1e-9, atol=1e-9)
+    return [block.refusal.code for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
+
+
+def test_without_a_visual_span_there_is_nothing_to_drop() -> None:
+    assert refusals(build("llama"), "fastv()", {}) == ["no-visual-span"]
+
+
+def test_the_layer_before_the_first_has_no_attention() -> None:
+    assert refusals(build("llama"), "fastv(layer=0)", VISUAL) == ["no-previous-layer"]
+
+
+def test_layer_0_s_cache_stays_whole_where_positions_are_read_off_it() -> None:
+    assert refusals(build("llama"), "pyramiddrop(layers=[0])", VISUAL) == ["first-cache"]
+
+
+def test_a_cache_that_is_a_window_long_stays_whole() -> None:
+    config = hf.MistralConfig(**SIZES, sliding_window=8)
+    torch.manual_seed(0)
+    model = hf.MistralForCausalLM(config).double().eval()
+    assert set(refusals(model, "fastv()", VISUAL)) == {"sliding-cache"}
+
+
+def test_a_static_cache_is_left_as_it_is() -> None:
+    model, inputs = build("llama"), prompts()
+    compiled = tokred.compile(model, "fastv()", lower="eager", **VISUAL)
+    outputs = []
+    for function in (compiled, model):
+        cache = hf.StaticCache(config=model.config, max_cache_len=LENGTH + 4)
+        with torch.no_grad():
+            outputs.append(function(**inputs, past_key_values=cache).logits[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-9)
+    blocks = [block for graph in tokred.reports().graphs for block in graph.blocks if block.kind == "attention"]
+    assert blocks and all(block.refusal and block.refusal.code == "static-cache" for block in blocks)
+
+
+def test_steps_that_extend_a_cache_are_no_failure_under_strict() -> None:
+    compiled = tokred.compile(build("llama"), "fastv()", lower="eager", strict=True, **VISUAL)
+    inputs = prompts()
+    ids = compiled.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3)
+    assert ids.shape == (3, LENGTH + 3)
+    codes = {b.refusal.code for graph in tokred.reports().graphs[1:] for b in graph.blocks if b.refusal}
+    assert codes == {"decode"}
+
+
+def test_samples_with_different_numbers_of_image_tokens_are_an_error() -> None:
+    inputs = prompts(2, model="llava")
+    ids = inputs["input_ids"]
+    ids[0, 20], ids[1, (ids[1] == IMAGE).nonzero()[0]] = IMAGE, 5  # 17 and 15, and as many features as before
+    compiled = tokred.compile(build("llava"), "fastv(keep=0.5)", lower="eager")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="different numbers of image tokens"):
+        compiled(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ({"visual": (9, 9)}, "not"),
+        ({"visual": (-3, 9)}, "not"),
+        ({"visual": (9,)}, "not"),
+        ({"visual": (True, 9)}, "not"),
+        ({"visul": (3, 9)}, "Did you mean 'visual'"),
+        ([(3, 9)], "a dict"),
+    ],
+)
+def test_spans_that_cannot_be_are_errors(spans: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tokred.explain(build("llama"), **prompts(), recipe="fastv()", options={"spans": spans})
+
+
+def test_a_span_behind_the_sequence_is_an_error() -> None:
+    with pytest.raises(BackendCompilerFailed, match="OptionError: option spans: visual rows 9:27 of a sequence of 26"):
+        tokred.explain(build("llama"), **prompts(), recipe="fastv()", options={"spans": {"visual": (9, LENGTH + 1)}})
+
+
+def test_beams_reorder_what_a_pruned_layer_knows() -> None:
+    layer = PrunedLayer()
+    layer.keys = layer.values = torch.randn(2, 1, 4, 8)
+    layer.is_initialized, layer.device = True, torch.device("cpu")
+    layer.rows, layer.dropped = torch.tensor([[0, 2, 5], [1, 2, 3]]), 3
+    assert layer.get_seq_length() == 7
+    assert layer.columns(7).tolist() == [[0, 2, 5, 6], [1, 2, 3, 6]]
+    layer.reorder_cache(torch.tensor([1, 1]))
+    assert layer.rows.tolist() == [[1, 2, 3], [1, 2, 3]]
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0, 3]))
+    assert layer.columns(6).tolist() == [[1, 2, 3]] * 2
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        layer.crop(-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"do_sample": True}])
+def test_beams_and_sampling_run(how: dict[str, Any]) -> None:
+    inputs = prompts()
+    compiled = tokred.compile(build("llama"), "fastv(layer=2, keep=0.5)", lower="eager", **VISUAL)
+    ids = compiled.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=5, **how)
+    assert ids.shape == (3, LENGTH + 5)

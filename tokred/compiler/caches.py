@@ -1,0 +1,116 @@
+"""KV caches: keys and values that the graph returns. They stay as short as the attention that made them.
+
+Dynamo knows nothing of token maps, so what else a caller must know, which rows of each layer's cache are left, goes
+beside the graph's results to whoever collects it during the call (tokred.generation does).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tokred.compiler.attention import Attention
+from tokred.compiler.capture import tensor_meta
+from tokred.compiler.relations import same
+
+__all__ = ["Caches", "Kept", "collect", "delivering", "find_caches"]
+
+aten = torch.ops.aten
+
+COPIES = {
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.slice.Tensor,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Cached keys or values [B H K D] of which `rows` [B K] says which of the prompt's N tokens they belong to."""
+
+    cached: Tensor
+    rows: Tensor
+    tokens: int
+
+
+@dataclass
+class Caches:
+    """whole  results of the graph that hold all keys (values) of an attention, with the number of the result
+    cut    attentions of which only the last keys are returned (a sliding window)
+    """
+
+    whole: dict[fx.Node, int]
+    cut: set[Attention]
+
+
+def find_caches(gm: fx.GraphModule, attentions: list[Attention]) -> Caches:
+    """Which results are keys or values of self-attentions, looked for through copies and views."""
+    owner: dict[fx.Node, Attention] = {}
+    for block in attentions:
+        for operand in (block.key, block.value) if block.form == "self" else ():
+            owner |= {node: block for node, whole in _copied(operand) if whole}
+    caches = Caches({}, set())
+    for number, result in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
+        for node, whole in _copied(result) if tensor_meta(result) is not None else ():
+            if node in owner:
+                if whole:
+                    caches.whole[result] = number
+                else:
+                    caches.cut.add(owner[node])
+                break
+    return caches
+
+
+def _copied(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """A value and what it is a copy or a view of, nearest first, and whether it still has all of that."""
+    whole = True
+    while True:
+        yield node, whole
+        if node.op != "call_function" or node.target not in COPIES:
+            return
+        source: Any = node.args[0]
+        if node.target is aten.slice.Tensor:
+            before, after = tensor_meta(source), tensor_meta(node)
+            assert before is not None and after is not None
+            whole = whole and all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
+        node = source
+
+
+_local = threading.local()
+
+
+@contextmanager
+def collect() -> Iterator[list[Kept]]:
+    """Receive what compiled graphs that run inside say about the caches that they return."""
+    outer, _local.kept = getattr(_local, "kept", None), []
+    try:
+        yield _local.kept
+    finally:
+        _local.kept = outer
+
+
+def delivering(compiled: Callable[..., Any], places: list[tuple[int, int, int]]) -> Callable[..., Any]:
+    """`compiled` without its extra results: (result, extra result with its rows, number of tokens) for each cache."""
+    own = min(extra for _, extra, _ in places)
+
+    def call(*inputs: Any) -> Any:
+        results = compiled(*inputs)
+        kept = getattr(_local, "kept", None)
+        if kept is not None:
+            kept += [Kept(results[cached], results[rows], tokens) for cached, rows, tokens in places]
+        return results[:own]
+
+    return call

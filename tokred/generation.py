@@ -1,0 +1,125 @@
+"""transformers' `generate()` behind a pruned prefill: each layer's cache knows which tokens it still holds.
+
+transformers computes one mask for all layers and reads positions off one cache layer. A prefill that drops tokens on
+its way leaves caches of different lengths. After it, each shortened layer becomes a `PrunedLayer`, which still counts
+the dropped tokens, and a hook gives each attention the columns of the mask that its own cache has keys for.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from tokred.compiler.caches import Kept, collect
+
+__all__ = ["PrunedLayer", "with_pruned_caches"]
+
+
+class PrunedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A dynamic cache layer without some of the prompt's tokens.
+
+    rows     [B K] which of the prompt's tokens the first K keys belong to
+    dropped  how many of them are gone; positions go on behind all tokens, dropped ones too
+    """
+
+    rows: Tensor
+    dropped: int
+    is_croppable = False
+
+    def get_seq_length(self) -> int:
+        length: int = super().get_seq_length() + self.dropped
+        return length
+
+    def columns(self, tokens: int) -> Tensor:
+        """[B M] the columns of a mask over all `tokens` that this layer will have keys for."""
+        prompt = self.rows.shape[1] + self.dropped
+        new = torch.arange(prompt, tokens, device=self.rows.device)
+        return torch.cat([self.rows, new.expand(self.rows.shape[0], -1)], 1)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.rows = self.rows.index_select(0, beam_idx.to(self.rows.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.rows = self.rows.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.rows = self.rows[indices]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        keys: Any = self.keys
+        if abs(tokens_to_remove) > keys.shape[-2] - self.rows.shape[1]:
+            raise ValueError("tokred: the prompt of a pruned cache cannot be cropped")
+        super().crop(tokens_to_remove)
+
+
+def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any:
+    """A model that shares `model`'s parameters, whose forward is compiled and tells its caches what was dropped."""
+    result = copy.copy(model)
+    result.__dict__.pop("_compiled_call_impl", None)
+    compiled = compile_forward(model.forward)
+    _mask_by_cache(model)
+    vision = getattr(model.config, "vision_config", None) is not None
+
+    @wraps(model.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # A VLM counts its image tokens with .item(); without these it would break into several graphs there.
+        flags = torch._dynamo.config.patch(capture_scalar_outputs=vision, capture_dynamic_output_shape_ops=vision)
+        with collect() as kept, flags:
+            output = compiled(*args, **kwargs)
+        cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
+        if kept and cache is not None:
+            _adopt(cache, kept)
+        return output
+
+    result.forward = forward
+    return result
+
+
+def _adopt(cache: Any, kept: list[Kept]) -> None:
+    """Replace the layers of a transformers cache whose keys are among `kept`."""
+    rows = {part.cached.data_ptr(): part for part in kept}
+    for number, layer in enumerate(cache.layers):
+        part = rows.get(layer.keys.data_ptr()) if isinstance(getattr(layer, "keys", None), Tensor) else None
+        if part is not None and isinstance(layer, DynamicLayer):
+            cache.layers[number] = _pruned_layer(layer, part)
+
+
+def _pruned_layer(layer: DynamicLayer, part: Kept) -> Any:
+    """The layer, counting the tokens that it has lost."""
+    pruned: Any = PrunedLayer()  # type: ignore[no-untyped-call]
+    pruned.dtype, pruned.device, pruned.is_initialized = layer.dtype, layer.device, True
+    pruned.keys, pruned.values, pruned.is_sliding = layer.keys, layer.values, layer.is_sliding
+    pruned.rows, pruned.dropped = part.rows, part.tokens - part.rows.shape[1]
+    return pruned
+
+
+def _mask_by_cache(model: nn.Module) -> None:
+    """Let each attention of `model` see the columns of the mask that its own cache has keys for."""
+    numbered = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    for module in numbered:
+        innermost = not any(inner in numbered for inner in module.modules() if inner is not module)
+        if innermost and "past_key_values" in inspect.signature(module.forward).parameters:
+            if _columns_of_mask not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_columns_of_mask, with_kwargs=True)
+
+
+def _columns_of_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if not isinstance(mask, Tensor) or not isinstance(layer, PrunedLayer):
+        return None
+    columns = layer.columns(mask.shape[-1])
+    mask = mask.expand(columns.shape[0], -1, -1, -1)
+    shape = (-1, mask.shape[1], mask.shape[2], -1)
+    return args, {**kwargs, "attention_mask": mask.gather(-1, columns[:, None, None].expand(shape))}
