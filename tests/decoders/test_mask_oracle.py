@@ -65,8 +65,10 @@ def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(name: st
     with torch.no_grad():
         output = model(**inputs)
     left = survivors(dropped, 3)
-    caches = [layer.rows.tolist() for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
+    pruned = [layer for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
+    caches = [layer.rows.tolist() for layer in pruned]
     assert [rows for i, rows in enumerate(caches) if rows not in caches[:i]] == left, "selected otherwise"
+    assert all(part.shape[2] == layer.rows.shape[1] for layer in pruned for part in (layer.keys, layer.values))
     for sample, survivor in enumerate(left[-1]):
         real = [row for row in survivor if inputs["attention_mask"][sample, row]]
         difference = (output.logits[sample, real] - wanted[sample, real]).abs().max()
@@ -87,3 +89,18 @@ def test_generation_goes_on_behind_a_pruned_prefill(name: str) -> None:
     assert new.tolist() == wanted.tolist()
     assert len({tuple(row) for row in wanted.tolist()}) == 4, "the reference says the same to every prompt"
     assert len(tokred.reports().graphs) <= 4, "a graph for each step"
+
+
+@pytest.mark.slow
+def test_inductor_generates_what_the_rewritten_graph_does() -> None:
+    inputs = prompts(2, model="llava")
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    step = {"input_ids": torch.full((2, 1), 7), "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+    logits = []
+    for lower in ("inductor", "eager"):
+        model = tokred.compile(build("llava", torch.float32), "fastv(layer=2, keep=0.5)", lower=lower)
+        with torch.no_grad():
+            cache = model(**inputs).past_key_values
+            logits.append(model(**step, past_key_values=cache).logits)
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].abs().max()
