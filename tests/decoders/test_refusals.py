@@ -66,8 +66,8 @@ def test_a_static_cache_is_left_as_it_is() -> None:
     assert blocks and all(block.refusal and block.refusal.code == "static-cache" for block in blocks)
 
 
-def test_steps_that_extend_a_cache_are_no_failure_under_strict() -> None:
-    compiled = tokred.compile(build("llama"), "fastv()", lower="eager", strict=True, **VISUAL)
+def test_steps_that_extend_a_cache_are_no_failure_under_strict_and_verify() -> None:
+    compiled = tokred.compile(build("llama"), "fastv()", lower="eager", strict=True, verify=True, **VISUAL)
     inputs = prompts()
     ids = compiled.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3)
     assert ids.shape == (3, LENGTH + 3)

@@ -53,9 +53,9 @@ def compile_graph(
     done = transform(gm, example_inputs, options, keep if options.verify else observe)
     graph = done.graph if done.changed else gm
     compiled = lower(graph, example_inputs, options.lower, mode=options.mode, patches=options.inductor)
-    if done.caches:
-        compiled = delivering(compiled, done.caches)
-    return (verified(compiled, stages, done.report) if options.verify else compiled), done.report
+    if options.verify:
+        compiled = verified(compiled, stages, done.report)
+    return (delivering(compiled, done.caches) if done.caches else compiled), done.report
 
 
 def transform(
