@@ -22,6 +22,9 @@ BUILT_IN = {
     "tofu": "merge",
     "tome": "merge",
     "tomesd": "merge",
+    "fastv": "prune",
+    "pyramiddrop": "prune",
+    "adaptinfer": "prune",
 }
 
 
