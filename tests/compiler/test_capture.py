@@ -1,27 +1,11 @@
 """Capture: what the graph that everything else reads may rely on."""
 
-from typing import Any
-
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from tokred.compiler.capture import capture
+from tests.compiler.graphs import captured
 
 aten = torch.ops.aten
-
-
-def captured(model: Any, *args: Tensor) -> fx.GraphModule:
-    graphs = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
-        graphs.append(capture(gm, inputs))
-        return gm
-
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(*args)
-    (graph,) = graphs
-    return graph
 
 
 class Merge(nn.Module):
@@ -34,7 +18,7 @@ class Merge(nn.Module):
 
 def test_a_view_that_was_legal_for_one_kernel_runs_behind_another() -> None:
     rows_first = torch.randn(2, 5, 3, 4).transpose(1, 2)  # [B H N D] as a flash kernel leaves it: `view` is legal
-    graph = captured(Merge(), rows_first)
+    (graph,) = captured(Merge(), rows_first)
     assert aten.view.default not in {node.target for node in graph.graph.nodes}
     heads_first = rows_first.contiguous()  # as the math kernel leaves it: `view` would raise
     assert torch.equal(graph(heads_first)[0], Merge()(rows_first))
@@ -49,7 +33,7 @@ class Append(nn.Module):
 
 def test_appending_to_an_empty_cache_is_a_copy() -> None:
     x = torch.randn(4, 3, 2)
-    graph = captured(Append(), x)
+    (graph,) = captured(Append(), x)
     assert aten.cat.default not in {node.target for node in graph.graph.nodes}
     (result,) = graph(x)
     assert torch.equal(result, Append()(x))

@@ -11,27 +11,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.compiler.graphs import captured
 from tests.zoo.architectures import ARCHITECTURES
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Blocks, find_blocks
-from tokred.compiler.capture import capture
 from tokred.compiler.symbolic import expression
 from tokred.compiler.work import flops, moved, weights
 from tokred.testing.models import TinyViT
-
-
-def captured(model: Any, *args: Any, **kwargs: Any) -> list[fx.GraphModule]:
-    """The graphs that tokred sees of a model, one for each piece that Dynamo makes."""
-    graphs = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
-        graphs.append(capture(gm, inputs))
-        return gm
-
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    return graphs
 
 
 def counted(function: Any, *inputs: Tensor) -> int:

@@ -34,6 +34,16 @@ def refusals(model: Any, recipe: str, options: dict[str, Any]) -> list[str]:
     return [block.refusal.code for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
 
 
+@pytest.mark.parametrize(("name", "options", "found"), [("llava", {}, "masked_scatter"), ("llama", VISUAL, "options")])
+def test_the_report_says_what_the_span_was_found_from(name: str, options: dict[str, Any], found: str) -> None:
+    compiled = tokred.compile(build(name), "fastv(layer=2, keep=0.5)", lower="eager", **options)
+    with torch.no_grad():
+        compiled(**prompts(model=name))
+    blocks = [block for graph in tokred.reports().graphs for block in graph.blocks]
+    (acted,) = [block for block in blocks if block.method and not block.refusal]
+    assert acted.note.startswith(f"visual rows from {found}")
+
+
 def test_without_a_visual_span_there_is_nothing_to_drop() -> None:
     assert refusals(build("llama"), "fastv()", {}) == ["no-visual-span"]
 

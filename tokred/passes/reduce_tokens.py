@@ -185,6 +185,8 @@ class _Run:
         stage = self._stage(value, block, place, token_map, reduced, exits)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
         note = getattr(self.gate, "notes", {}).get(block, "")
+        if span is not None:
+            note = "; ".join(part for part in (f"visual rows from {span.found}", note) if part)
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 

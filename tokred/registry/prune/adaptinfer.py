@@ -23,9 +23,11 @@ class AdaptInfer(VisualCut):
     2508.06084, section 3. For each head, text token j (behind the image) weighs w_j = the sums of column and of row j
     of the text's own attention, less its diagonal; visual token v scores the sum over heads and text of w_j A_jv.
 
-    keep     fractions of the first number of visual tokens that are left after each cut, rounded; the paper's 290, 72
-             and 18 of 576
-    layers   where the cuts are, as many as `keep` has; None spreads them as the paper's 2, 11, 21 of 32
+    The numbers are the released code's for LLaVA-1.5-7B at 128 tokens. Positions persist, as in its Qwen2-VL port; its
+    LLaVA port numbers the remaining tokens anew.
+
+    keep     fractions of the first number of visual tokens that are left after each cut, rounded; 290, 72, 18 of 576
+    layers   where the cuts are, as many as `keep` has; None spreads them as 2, 11, 21 of 32 (it cuts behind 1, 10, 20)
     """
 
     keep: list[float] | tuple[float, ...] | float = (290 / 576, 72 / 576, 18 / 576)
