@@ -1,0 +1,166 @@
+"""What a method sees at a site: the tensors that it declared it needs, found in the graph that is being lifted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokred.compiler.axes import Axes
+from tokred.compiler.blocks import Attention
+from tokred.compiler.lift import Lift
+from tokred.compiler.spans import Span
+from tokred.compiler.staging import Rows, Stage
+from tokred.registry.maps import cut_weight
+from tokred.registry.method import Reduction
+
+__all__ = ["SiteTensors", "rows_at", "shape_of"]
+
+SDPA = {torch.ops.aten.scaled_dot_product_attention.default}
+
+
+class SiteTensors:
+    """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
+
+    def __init__(self, lift: Lift, axes: Axes, attentions: list[Attention]):
+        self.lift, self.axes = lift, axes
+        self.layers = {(b.axis, b.form, b.layer): b for b in attentions}
+        self.checked: dict[fx.Node, fx.Node] = {}  # the mask of a span -> itself behind its run-time check
+
+    def of(self, block: Attention, method: Reduction, value: Any, span: Span | None) -> dict[str, Any]:
+        """By the names that `Site` gives them: [B H N D] or [B N C], in whichever order the graph has them."""
+        tensors: dict[str, Any] = {"hidden": value.node}
+        rows = rows_at(value, block.token_dim)
+        if rows is not None and rows.stage.size is not None:
+            tensors["size"] = (
+                self.lift.emit(lambda s: cut_weight(s, rows.lo, rows.hi), rows.stage.size)
+                if rows.lo or rows.hi
+                else rows.stage.size
+            )
+        if span is not None and span.mask is not None:
+            tensors["inside"] = self._inside(span, rows)
+        if method.scope == "layer" and method.probe == "next":
+            self._run_ahead(block)
+        return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
+
+    def previous(self, block: Attention) -> Attention | None:
+        """The attention of the layer before."""
+        return self.layers.get((block.axis, block.form, block.layer - 1))
+
+    def probed(self, block: Attention, method: Reduction) -> Attention:
+        """The attention whose queries and keys the method sees."""
+        before = self.previous(block) if method.scope == "layer" and method.probe == "previous" else None
+        return before or block
+
+    # -- attention ----------------------------------------------------------------------------------------------------
+
+    def _attention(self, block: Attention, method: Reduction, value: Any) -> dict[str, Any]:
+        batch, needs = value.shape[block.batch_dim], set(method.needs)
+        block = self.probed(block, method)
+        if method.scope == "layer" and block.anchor.target not in SDPA and len(shape_of(block.anchor)) == 4:
+            return {"weights": self.lift.env[block.anchor].node}
+        used = self.lift.operands.get(block.anchor, {})
+        tensors: dict[str, Any] = {}
+
+        def operand(name: str, node: fx.Node) -> fx.Node:
+            found: fx.Node = (used.get(name) or self.lift.env[node]).node
+            return self._heads(found, self._order(block, node), batch)
+
+        if {"keys", "queries", "class_token"} & needs:
+            tensors["key"] = operand("key", block.key)
+        if {"queries", "class_token"} & needs:
+            tensors["query"] = operand("query", block.query)
+        if isinstance(block.mask, fx.Node):
+            mask = operand("attn_mask", block.mask)
+            meta = mask.meta["val"]
+            if {"queries", "class_token"} & needs:
+                tensors["mask"] = self._rank4(mask)
+            if meta.dim() == 4 and not (isinstance(meta.shape[0], int) and meta.shape[0] == 1):
+                tensors["valid"] = self.lift.emit(_visible, mask)
+        return tensors
+
+    def _run_ahead(self, block: Attention) -> None:
+        """Run an attention on all tokens before its input is cut. What nothing reads of that is dead code later."""
+        env, needed, queue = self.lift.env, set(), [block.anchor]
+        while queue:
+            node = queue.pop()
+            if node not in env and node not in needed:
+                needed.add(node)
+                queue += node.all_input_nodes
+        for node in sorted(needed):
+            self.lift.visit(node)
+
+    def _order(self, block: Attention, node: fx.Node) -> list[int]:
+        """The permutation of an operand's dimensions to [.. tokens D]."""
+        rank = len(shape_of(node))
+        if block.anchor.target in SDPA:
+            return list(range(rank))
+        dims, weights = self.axes.of(node), self.axes.of(block.anchor)
+        tokens = weights[-1] if node is block.key else weights[-2]
+        shared = {atom for dim in weights for atom in dim}
+        token = [d for d, dim in enumerate(dims) if dim == tokens]
+        inner = [d for d, dim in enumerate(dims) if dim and not set(dim) & shared]
+        if len(token) != 1 or len(inner) != 1:
+            raise ValueError(f"which dimensions of {node.name} are tokens and head channels does not show")
+        return [d for d in range(rank) if d not in (token[0], inner[0])] + [token[0], inner[0]]
+
+    def _heads(self, node: fx.Node, order: list[int], batch: Any) -> fx.Node:
+        """[B H N D] from [B H N D] or [B*H N D] in any order."""
+        if order == [0, 1, 2, 3]:
+            return node
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            x = x.permute(order)
+            return x.unflatten(0, (batch, -1)) if len(order) == 3 else x
+
+        result: fx.Node = self.lift.emit(function, node)
+        return result
+
+    def _rank4(self, mask: fx.Node) -> fx.Node:
+        rank = mask.meta["val"].dim()
+        result: fx.Node = (
+            mask if rank == 4 else self.lift.emit(lambda m: m.reshape((1,) * (4 - rank) + tuple(m.shape)), mask)
+        )
+        return result
+
+    # -- spans --------------------------------------------------------------------------------------------------------
+
+    def _inside(self, span: Span, rows: Rows | None) -> fx.Node:
+        """[B N] the mask of a span, brought to the present stage of its axis."""
+        mask: fx.Node = self.lift.env[span.mask].node  # type: ignore[index]
+        count, message = span.count, "tokred: the samples of this batch have different numbers of image tokens"
+
+        def checked(mask: torch.Tensor) -> torch.Tensor:
+            torch.ops.aten._assert_async.msg((mask.sum(-1) == count).all(), message)
+            return mask.clone()
+
+        for stage in rows.stage.chain if rows is not None else [Stage(0)]:
+            if stage.parent is None:
+                if mask not in self.checked:
+                    self.checked[mask] = self.lift.emit(checked, mask)
+                mask = self.checked[mask]
+            else:
+                if "inside" not in stage.cache:
+                    stage.cache["inside"] = self.lift.emit(
+                        lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), mask, stage.map
+                    )
+                mask = stage.cache["inside"]
+        return mask
+
+
+def rows_at(value: Any, token_dim: int) -> Rows | None:
+    """The stage of a value's token axis, None where no token map has met it."""
+    factors = value.layout.get(token_dim, ())
+    return factors[0] if len(factors) == 1 and isinstance(factors[0], Rows) else None
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a captured tensor."""
+    return tuple(node.meta["val"].shape)
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """[B N] whether any query of any head may see the key."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(-2).any(1)
