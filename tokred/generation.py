@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tokred.compiler.caches import Kept, collect
@@ -68,12 +69,16 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
     result.__dict__.pop("_compiled_call_impl", None)
     compiled = compile_forward(model.forward)
     _mask_by_cache(model)
+    _capture_outputs(model)
     vision = getattr(model.config, "vision_config", None) is not None
 
     @wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         # A VLM counts its image tokens with .item(); without these it would break into several graphs there.
-        flags = torch._dynamo.config.patch(capture_scalar_outputs=vision, capture_dynamic_output_shape_ops=vision)
+        # An epsilon that another model of its class has otherwise would become a run-time number.
+        flags = torch._dynamo.config.patch(
+            capture_scalar_outputs=vision, capture_dynamic_output_shape_ops=vision, specialize_float=True
+        )
         with collect() as kept, flags:
             output = compiled(*args, **kwargs)
         cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
@@ -83,6 +88,17 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
 
     result.forward = forward
     return result
+
+
+def _capture_outputs(model: nn.Module) -> None:
+    """Let transformers install its hooks for hidden states now: in the first forward its lock would break the graph."""
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # an older transformers has none
+        return
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            maybe_install_capturing_hooks(module)
 
 
 def _adopt(cache: Any, kept: list[Kept]) -> None:

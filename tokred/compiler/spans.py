@@ -28,13 +28,17 @@ STRETCHES = {aten.expand.default, aten.unsqueeze.default, aten.clone.default, at
 
 @dataclass(frozen=True)
 class Span:
-    """Rows [start, stop) of every sample, or the rows where `mask` [B N] is true, `count` in each sample."""
+    """Rows [start, stop) of every sample, or the rows where `mask` [B N] is true, `count` in each sample.
+
+    `features` are what was written there, row by row, where that shows.
+    """
 
     found: str
     start: int = 0
     stop: int = 0
     mask: fx.Node | None = None
     count: int = 0
+    features: fx.Node | None = None
 
 
 def find_span(block: Attention, given: dict[str, Any]) -> Span | None:
@@ -48,7 +52,7 @@ def find_span(block: Attention, given: dict[str, Any]) -> Span | None:
     if stream is None:
         return None
     for node in reversed(list(stream.graph.find_nodes(op="call_function", target=aten.masked_scatter.default))):
-        if node < stream and reaches(node, stream):
+        if node is stream or (node < stream and reaches(node, stream)):
             return _scattered(node)
     return None
 
@@ -78,7 +82,8 @@ def _scattered(node: fx.Node) -> Span | None:
     count, rest = divmod(sizes[0], sizes[1] * sizes[2])
     if rest or not bool(features == count * channels * batch):  # where sizes are symbols, this becomes a guard
         return None
-    return Span("masked_scatter", mask=mask, count=count)
+    features_node: Any = node.args[2]
+    return Span("masked_scatter", mask=mask, count=count, features=features_node)
 
 
 def _now(size: Any) -> Any:

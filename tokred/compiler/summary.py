@@ -84,6 +84,9 @@ def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -
         if current is not None and str(current.tokens) != str(block.tokens):
             row.tokens = (_show(block.tokens), _show(current.tokens))
             row.note = "only these rows are read"
+        elif current is not None and current.anchor in reduced.lengths:  # it runs behind a cut
+            lengths = reduced.lengths[current.anchor]
+            row.tokens = (_show(lengths[len(lengths) - 2]),) * 2
         if key in acted:
             applied = acted[key]
             row.method, row.tokens = str(applied.method), (_show(applied.place.tokens), _show(applied.after))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map
 
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
@@ -20,7 +21,7 @@ from tokred.compiler.report import Refusal
 from tokred.compiler.spans import Span, find_span
 from tokred.compiler.staging import Stage, rows_of
 from tokred.compiler.suffix import Suffix, follow
-from tokred.passes.site_tensors import SiteTensors, rows_at
+from tokred.passes.site_tensors import SiteTensors, number, rows_at, tower_of
 from tokred.passes.sites import node_to_cut, place_of, refuse, unfit
 from tokred.registry.maps import TokenMap
 from tokred.registry.method import Reduction
@@ -101,6 +102,7 @@ class _Run:
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
+        self.spans = {b: find_span(b, options.spans) for b in blocks.attentions}
         self.tensors = SiteTensors(self.lift, axes, blocks.attentions)
 
     def go(self, *, trace: bool) -> Reduced:
@@ -142,7 +144,7 @@ class _Run:
         for method in self.recipe.methods:
             if block in self.reduced.applied or method.scope != scope:
                 continue
-            if not method.acts_on(block.layer, block.depth, block.module):
+            if not self._means(method, block):
                 continue
             refusal = self.barred.get((block, method.name)) or block.refusal or self._apply(block, method)
             if refusal is not None:
@@ -153,9 +155,14 @@ class _Run:
         if block in self.reduced.applied or block in self.reduced.refused or block.refusal is None:
             return
         for method in self.recipe.methods:
-            if method.acts_on(block.layer, block.depth, block.module):
+            if self._means(method, block):
                 self.reduced.refused[block] = (method, block.refusal)
                 return
+
+    def _means(self, method: Reduction, block: Attention) -> bool:
+        """Whether the method is asked here: a visual one is not asked in the encoder that made the image tokens."""
+        elsewhere = "visual" in method.needs and self.spans[block] is None and any(self.spans.values())
+        return not elsewhere and method.acts_on(block.layer, block.depth, block.module)
 
     def _apply(self, block: Attention, method: Reduction) -> Refusal | None:
         trip = method.scope == "round_trip"
@@ -165,10 +172,10 @@ class _Run:
         users = block.entry_users if trip else None
         exits = frozenset([block.join]) if trip else frozenset()
         suffix = follow(node, block.batch_dim, block.token_dim, consumers=users, exits=exits)
-        span = find_span(block, self.options.spans)
+        span = self.spans[block]
         place = place_of(block, node, value, suffix, span, self.axes)
-        first, companion = self.tensors.previous(block) is None, self.options.companion
-        refusal = unfit(block, method, place, span, self.caches, companion=companion, first=first)
+        companion = self.options.companion
+        refusal = unfit(block, method, place, span, self.tensors, self.caches, companion=companion)
         if refusal is not None:
             return refusal
         try:
@@ -196,18 +203,23 @@ class _Run:
         tensors = self.tensors.of(block, method, value, span)
         swap = block.token_dim < block.batch_dim
         numbers: dict[str, Any] = {name: getattr(place, name) for name in Place.__dataclass_fields__}
-        prop_attn = (rows := rows_at(value, block.token_dim)) is not None and rows.stage.prop_attn
-        probed = self.tensors.probed(block, method)
-        scale = probed.scale.meta["val"] if isinstance(probed.scale, fx.Node) else probed.scale
+        rows, probed = rows_at(value, block.token_dim), self.tensors.probed(block, method)
+        numbers |= {"scale": number(probed.scale), "causal": probed.causal}
+        numbers |= {"prop_attn": rows is not None and rows.stage.prop_attn}
+        tower = None if span is None else self.tensors.tower(span)
 
-        def function(inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
-            hidden = inputs["hidden"].transpose(0, 1) if swap else inputs["hidden"]
-            seen: dict[str, Any] = inputs | {"hidden": hidden}
-            seen = {name: x.detach() for name, x in seen.items()}  # what decides has no gradient
-            token_map = method.plan(Site(**numbers, scale=scale, causal=probed.causal, prop_attn=prop_attn, **seen))
+        def site_of(inputs: dict[str, Any]) -> Site:
+            seen = dict(inputs)
+            if "tower" in seen:
+                seen["tower"] = tower_of(tower, seen["tower"])
+            return Site(**numbers, **seen)
+
+        def function(inputs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+            inputs = inputs | {"hidden": inputs["hidden"].transpose(0, 1)} if swap else inputs
+            token_map = method.plan(site_of(tree_map(torch.Tensor.detach, inputs)))  # what decides has no gradient
             if not isinstance(token_map, TokenMap):
                 raise TypeError(f"plan() returned {type(token_map).__name__}, not a TokenMap")
-            reduced = token_map.reduce(hidden)
+            reduced = token_map.reduce(method.revise(site_of(inputs), token_map))
             return token_map, reduced.transpose(0, 1) if swap else reduced
 
         token_map, reduced = self.lift.emit(function, tensors)
@@ -228,7 +240,7 @@ class _Run:
         """For each cache that became shorter, [B K] which of the axis' own rows are left: more results of the graph."""
         extra: dict[Stage, fx.Node] = {}
         own = len(self.gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        for node, number in self.caches.whole.items():
+        for node, place in self.caches.whole.items():
             value = self.lift.env[node]
             staged = [f for _, _, f in rows_of(value.layout)]
             if not staged or staged[0].stage.parent is None:
@@ -244,7 +256,7 @@ class _Run:
                     return index
 
                 extra[stage] = self.lift.emit(rows, value.node, maps)
-            self.reduced.caches.append((number, own + list(extra).index(stage), stage.root.length))
+            self.reduced.caches.append((place, own + list(extra).index(stage), stage.root.length))
         return tuple(extra.values())
 
     def _stage(

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention
 from tokred.compiler.lift import Lift
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Rows, Stage
+from tokred.compiler.towers import Tower as Encoder
+from tokred.compiler.towers import find_tower
 from tokred.registry.maps import cut_weight
 from tokred.registry.method import Reduction
+from tokred.registry.site import Site, Tower
 
-__all__ = ["SiteTensors", "rows_at", "shape_of"]
+__all__ = ["SiteTensors", "number", "rows_at", "shape_of", "tower_of"]
 
 SDPA = {torch.ops.aten.scaled_dot_product_attention.default}
 
@@ -24,8 +27,9 @@ class SiteTensors:
     """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
 
     def __init__(self, lift: Lift, axes: Axes, attentions: list[Attention]):
-        self.lift, self.axes = lift, axes
+        self.lift, self.axes, self.attentions = lift, axes, attentions
         self.layers = {(b.axis, b.form, b.layer): b for b in attentions}
+        self.towers: dict[fx.Node, Encoder | None] = {}
         self.checked: dict[fx.Node, fx.Node] = {}  # the mask of a span -> itself behind its run-time check
 
     def of(self, block: Attention, method: Reduction, value: Any, span: Span | None) -> dict[str, Any]:
@@ -40,9 +44,21 @@ class SiteTensors:
             )
         if span is not None and span.mask is not None:
             tensors["inside"] = self._inside(span, rows)
+        if "tower" in (*method.needs, *method.uses) and span is not None and (tower := self.tower(span)) is not None:
+            if rows is None or rows.stage.parent is None:
+                tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
         if method.scope == "layer" and method.probe == "next":
             self._run_ahead(block)
-        return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
+        blind = method.scope == "round_trip" or (method.scope == "layer" and method.probe == "none")
+        return tensors if blind else tensors | self._attention(block, method, value)
+
+    def tower(self, span: Span) -> Encoder | None:
+        """The vision encoder behind a span."""
+        if span.features is None:
+            return None
+        if span.features not in self.towers:
+            self.towers[span.features] = find_tower(span.features, self.attentions)
+        return self.towers[span.features]
 
     def previous(self, block: Attention) -> Attention | None:
         """The attention of the layer before."""
@@ -124,6 +140,27 @@ class SiteTensors:
         )
         return result
 
+    # -- vision -------------------------------------------------------------------------------------------------------
+
+    def _tower(self, tower: Encoder, batch: Any) -> dict[str, Any]:
+        """The tensors of a `Site`'s tower, and what the projector's ops take beside the rows: see `tower_of`."""
+        block, first = tower.attention, tower.first
+        query, key = (
+            self._heads(self.lift.env[node].node, self._order(block, node), shape_of(tower.stream)[0])
+            for node in (block.query, block.key)
+        )
+        scale = number(block.scale)
+
+        def function(stream: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+            images = Site(layer=0, depth=1, tokens=stream.shape[1], hidden=stream, query=query, key=key, scale=scale)
+            rows = images.attend(images.arange(0, 1 if first else stream.shape[1])).mean((1, 2))  # [I T]
+            seen = {"hidden": stream[:, first:], "key": key.mean(1)[:, first:], "attention": rows[:, first:]}
+            return {name: x.reshape(batch, -1, *x.shape[2:]) for name, x in seen.items()}
+
+        fields: dict[str, Any] = self.lift.emit(function, self.lift.env[tower.stream].node, query, key)
+        nodes = [node.all_input_nodes[1:] for node in tower.projector]
+        return fields | {"projector": [[self.lift.env[arg].node for arg in args] for args in nodes]}
+
     # -- spans --------------------------------------------------------------------------------------------------------
 
     def _inside(self, span: Span, rows: Rows | None) -> fx.Node:
@@ -147,6 +184,26 @@ class SiteTensors:
                     )
                 mask = stage.cache["inside"]
         return mask
+
+
+def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:
+    """What a method sees of a vision encoder, from the values of the nodes that `SiteTensors.of` found."""
+    assert tower is not None
+    steps = list(zip(tower.projector, tensors["projector"], strict=True))
+
+    def project(rows: Tensor) -> Tensor:
+        for node, beside in steps:
+            values = dict(zip(node.all_input_nodes, (rows, *beside), strict=True))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            rows = node.target(*args, **kwargs)  # type: ignore[operator]
+        return rows
+
+    return Tower(**{name: x for name, x in tensors.items() if name != "projector"}, project=project)
+
+
+def number(scale: Any) -> Any:
+    """The factor on q k^T: a number, or the fake value of the node that computes it."""
+    return scale.meta["val"] if isinstance(scale, fx.Node) else scale
 
 
 def rows_at(value: Any, token_dim: int) -> Rows | None:

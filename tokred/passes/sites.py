@@ -15,7 +15,7 @@ from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Stage
 from tokred.compiler.suffix import Suffix, special_rows
-from tokred.passes.site_tensors import rows_at, shape_of
+from tokred.passes.site_tensors import SiteTensors, rows_at, shape_of
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place
 
@@ -61,16 +61,21 @@ def unfit(
     method: Reduction,
     place: Place,
     span: Span | None,
+    tensors: SiteTensors,
     caches: Caches,
     *,
     companion: bool,
-    first: bool,
 ) -> Refusal | None:
-    """What the method needs and the site lacks. `first`: no layer comes before; `companion`: see Options."""
+    """What the method needs and the site lacks. `companion`: see Options."""
     if "visual" in method.needs and span is None:
         found = "no masked_scatter writes image features into this stream, and options name no rows"
         return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
-    if method.scope == "layer" and method.probe == "previous" and first:
+    if "tower" in method.needs and (span is None or tensors.tower(span) is None):
+        reason = "no vision encoder shows whose patches, one by one, became these image tokens"
+        return refuse("no-vision-tower", reason, block)
+    if "tower" in method.needs and place.free != place.whole:
+        return refuse("no-vision-tower", "image tokens are gone, and others stand where the encoder's were", block)
+    if method.scope == "layer" and method.probe == "previous" and tensors.previous(block) is None:
         return refuse("no-previous-layer", "the scores come from the layer before, and there is none", block)
     later = [b for b in caches.cut if b.axis == block.axis and b.layer >= block.layer]
     if later:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from tokred.errors import ArgumentError
 from tokred.registry.maps import TokenMap
 from tokred.registry.site import Place, Site
@@ -30,12 +32,13 @@ class Reduction:
     layers   where it may act: ints (negative from the end), a slice such as "8:24", or a glob on module names;
              None is the method's own choice (`default_layers`)
 
-    needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features)
+    needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
+             "tower" (the vision encoder that made them)
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
-             the layer itself, computed for the tokens that it would have had
-    reads    whether the method looks at tensors outside the token axis' own stream at all; a static choice does not
+             the layer itself, computed for the tokens that it would have had; "none" where it needs none of that
+    uses     what it takes from the site where that has it, and does without elsewhere: "tower"
     """
 
     layers: int | list[int] | tuple[int, ...] | str | None = None
@@ -43,6 +46,7 @@ class Reduction:
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "persistent"
     probe: ClassVar[str] = "previous"
     averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
@@ -72,6 +76,10 @@ class Reduction:
     def plan(self, site: Site) -> TokenMap:
         """The token map for this site: plain tensor code, traced into the model's graph."""
         raise NotImplementedError
+
+    def revise(self, site: Site, token_map: TokenMap) -> Tensor:
+        """[B N C] what the map then reduces: the stream itself, or with other values in some rows."""
+        return site.hidden
 
     def __str__(self) -> str:
         from dataclasses import fields

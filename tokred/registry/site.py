@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tokred.registry.maps import Keep, partition
 
-__all__ = ["Place", "Site", "precise"]
+__all__ = ["Place", "Site", "Tower", "precise"]
 
 
 def precise(x: Tensor) -> Tensor:
@@ -54,6 +55,22 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tower:
+    """The vision encoder's last layer, for each of the S visual tokens of a sample, in their order.
+
+    hidden    [B S C']  its residual stream, from which each visual token was projected by itself
+    key       [B S D]   mean over heads of the keys
+    attention [B S]     the class token's attention, mean over heads; without such a token the mean of all tokens'
+    project             [B M C'] -> [B M C], the model's projector
+    """
+
+    hidden: Tensor
+    key: Tensor
+    attention: Tensor
+    project: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site(Place):
     """A place with its tensors.
 
@@ -68,6 +85,7 @@ class Site(Place):
     scale              the factor on q k^T
     weights [B H N N]  the attention itself, where the model computes it anyway (eager attention), or None
     inside  [B N]      True for the tokens of the visual span, exactly `span` of each sample, where `span` is not None
+    tower              the vision encoder behind the visual tokens, where it shows and all of them are still there
     """
 
     hidden: Tensor
@@ -81,6 +99,7 @@ class Site(Place):
     scale: Any = None
     weights: Tensor | None = None
     inside: Tensor | None = None
+    tower: Tower | None = None
 
     @property
     def batch(self) -> Any:
@@ -183,13 +202,15 @@ class Site(Place):
         if self.valid is not None:  # padding goes first
             score = score.masked_fill(~self.valid, -torch.inf)
         if self.inside is not None:
-            rows = self.candidates()
-            best = score.gather(1, rows).topk(count, dim=1).indices
-            gone = rows.gather(1, partition(best, self.span)[1])
-            return Keep(partition(gone, self.tokens)[1])
-        free = score[:, self.head : self.tokens - self.tail]
-        chosen, _ = partition(free.topk(count, dim=1).indices, free.shape[1])
-        return Keep(self.with_protected(chosen + self.head))
+            return self.keep(score.gather(1, self.candidates()).topk(count, dim=1).indices)
+        return self.keep(score[:, self.head : self.tokens - self.tail].topk(count, dim=1).indices)
+
+    def keep(self, chosen: Tensor) -> Keep:
+        """Keep those unprotected tokens [B K'] (numbers among the unprotected) in their order, and all protected."""
+        kept, gone = partition(chosen, self.free)
+        if self.inside is None:
+            return Keep(self.with_protected(kept + self.head))
+        return Keep(partition(self.candidates().gather(1, gone), self.tokens)[1])
 
     def with_protected(self, rows: Tensor) -> Tensor:
         """[B K'] row numbers of unprotected tokens -> [B K] with the head in front and the tail behind."""
