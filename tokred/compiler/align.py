@@ -79,14 +79,15 @@ class Aligner:
             for stage in then.chain[then.chain.index(common) + 1 :]:
                 if stage.map.per_sample:
                     value, dim = self._with_batch(op, key, value, dim, step, stage)
-                value = self._forward(value, dim, place, stage, self._role(op, key, value, dim))
+                value = self._forward(value, dim, place, stage, self._role(op, key, value, dim, stage))
         return value
 
-    def _role(self, op: Op, key: tuple[str, int], value: Value, dim: int) -> str:
+    def _role(self, op: Op, key: tuple[str, int], value: Value, dim: int, stage: Stage) -> str:
         """How side inputs are combined: added features by mean, key visibility by any, the rest by representative."""
         dtype = value.node.meta["val"].dtype
         if dtype == torch.bool:
-            return "any" if op.target is ATTENTION and dim == len(value.shape) - 1 else "pick"
+            keys = op.target is ATTENTION and dim == len(value.shape) - 1
+            return "any" if keys and not stage.ordered else "pick"
         several = len(rows_of(value.layout)) > 1
         return "reduce" if op.target in ADDITIVE and dtype.is_floating_point and not several else "pick"
 

@@ -28,6 +28,7 @@ class Stage:
     size: Any = None  # node [B K] or None
     prop_attn: bool = False
     exits: frozenset[Any] = frozenset()  # nodes at which a round trip ends
+    ordered: bool = False  # causal attention: a merged key is hidden as the row is that it stands in
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property

@@ -15,6 +15,7 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.caches import find_caches
 from tokred.compiler.capture import tensor_meta
+from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.options import Options
 from tokred.compiler.report import Refusal
@@ -189,6 +190,7 @@ class _Run:
         except Exception as error:
             return refuse("method-raised", f"{method.name}: {_sentence(error)}", block)
         stage = self._stage(value, block, place, token_map, reduced, exits)
+        stage.ordered = method.merges == "visual" and is_causal(block)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
         note = getattr(self.gate, "notes", {}).get(block, "")
         if span is not None:

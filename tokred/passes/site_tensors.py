@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention
+from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Rows, Stage
@@ -21,6 +22,7 @@ from tokred.registry.site import Site, Tower
 __all__ = ["SiteTensors", "number", "rows_at", "shape_of", "tower_of"]
 
 SDPA = {torch.ops.aten.scaled_dot_product_attention.default}
+PROBED = {"keys", "queries", "class_token"}  # what comes from an attention's operands
 
 
 class SiteTensors:
@@ -30,7 +32,7 @@ class SiteTensors:
         self.lift, self.axes, self.attentions = lift, axes, attentions
         self.layers = {(b.axis, b.form, b.layer): b for b in attentions}
         self.towers: dict[fx.Node, Encoder | None] = {}
-        self.checked: dict[fx.Node, fx.Node] = {}  # the mask of a span -> itself behind its run-time check
+        self.checked: dict[tuple[fx.Node, bool], fx.Node] = {}  # a span's mask -> itself behind its run-time checks
 
     def of(self, block: Attention, method: Reduction, value: Any, span: Span | None) -> dict[str, Any]:
         """By the names that `Site` gives them: [B H N D] or [B N C], in whichever order the graph has them."""
@@ -43,14 +45,14 @@ class SiteTensors:
                 else rows.stage.size
             )
         if span is not None and span.mask is not None:
-            tensors["inside"] = self._inside(span, rows)
-        if "tower" in (*method.needs, *method.uses) and span is not None and (tower := self.tower(span)) is not None:
+            tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
+        wanted = {*method.needs_at(block.layer, block.depth), *method.uses}
+        if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
-        if method.scope == "layer" and method.probe == "next":
-            self._run_ahead(block)
-        blind = method.scope == "round_trip" or (method.scope == "layer" and method.probe == "none")
-        return tensors if blind else tensors | self._attention(block, method, value)
+        if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
+            self._run_ahead(block.anchor)
+        return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
     def tower(self, span: Span) -> Encoder | None:
         """The vision encoder behind a span."""
@@ -72,9 +74,10 @@ class SiteTensors:
     # -- attention ----------------------------------------------------------------------------------------------------
 
     def _attention(self, block: Attention, method: Reduction, value: Any) -> dict[str, Any]:
-        batch, needs = value.shape[block.batch_dim], set(method.needs)
+        batch, needs = value.shape[block.batch_dim], set(method.needs_at(block.layer, block.depth))
         block = self.probed(block, method)
-        if method.scope == "layer" and block.anchor.target not in SDPA and len(shape_of(block.anchor)) == 4:
+        reads = bool(PROBED & needs)
+        if reads and method.scope == "layer" and block.anchor.target not in SDPA and len(shape_of(block.anchor)) == 4:
             return {"weights": self.lift.env[block.anchor].node}
         used = self.lift.operands.get(block.anchor, {})
         tensors: dict[str, Any] = {}
@@ -83,11 +86,13 @@ class SiteTensors:
             found: fx.Node = (used.get(name) or self.lift.env[node]).node
             return self._heads(found, self._order(block, node), batch)
 
-        if {"keys", "queries", "class_token"} & needs:
+        if reads:
             tensors["key"] = operand("key", block.key)
         if {"queries", "class_token"} & needs:
             tensors["query"] = operand("query", block.query)
         if isinstance(block.mask, fx.Node):
+            if block.mask not in self.lift.env:  # in front of the first layer, which reads it first
+                self._run_ahead(block.mask)
             mask = operand("attn_mask", block.mask)
             meta = mask.meta["val"]
             if {"queries", "class_token"} & needs:
@@ -96,9 +101,9 @@ class SiteTensors:
                 tensors["valid"] = self.lift.emit(_visible, mask)
         return tensors
 
-    def _run_ahead(self, block: Attention) -> None:
-        """Run an attention on all tokens before its input is cut. What nothing reads of that is dead code later."""
-        env, needed, queue = self.lift.env, set(), [block.anchor]
+    def _run_ahead(self, last: fx.Node) -> None:
+        """Run a node, such as an attention, before its input is cut. What nothing reads of that is dead code later."""
+        env, needed, queue = self.lift.env, set(), [last]
         while queue:
             node = queue.pop()
             if node not in env and node not in needed:
@@ -163,26 +168,32 @@ class SiteTensors:
 
     # -- spans --------------------------------------------------------------------------------------------------------
 
-    def _inside(self, span: Span, rows: Rows | None) -> fx.Node:
-        """[B N] the mask of a span, brought to the present stage of its axis."""
+    def _inside(self, span: Span, rows: Rows | None, *, whole: bool) -> fx.Node:
+        """[B N] the mask of a span, brought to the present stage of its axis. `whole`: it must be one piece."""
         mask: fx.Node = self.lift.env[span.mask].node  # type: ignore[index]
         count, message = span.count, "tokred: the samples of this batch have different numbers of image tokens"
+        torn = (
+            "tokred: text stands between the image tokens of a sample, and merged ones would show it what comes later"
+        )
 
         def checked(mask: torch.Tensor) -> torch.Tensor:
             torch.ops.aten._assert_async.msg((mask.sum(-1) == count).all(), message)
+            if whole:
+                starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
+                torch.ops.aten._assert_async.msg((starts <= 1).all(), torn)
             return mask.clone()
 
         for stage in rows.stage.chain if rows is not None else [Stage(0)]:
             if stage.parent is None:
-                if mask not in self.checked:
-                    self.checked[mask] = self.lift.emit(checked, mask)
-                mask = self.checked[mask]
+                if (mask, whole) not in self.checked:
+                    self.checked[mask, whole] = self.lift.emit(checked, mask)
+                mask = self.checked[mask, whole]
             else:
-                if "inside" not in stage.cache:
-                    stage.cache["inside"] = self.lift.emit(
+                if ("inside", whole) not in stage.cache:
+                    stage.cache["inside", whole] = self.lift.emit(
                         lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), mask, stage.map
                     )
-                mask = stage.cache["inside"]
+                mask = stage.cache["inside", whole]
         return mask
 
 

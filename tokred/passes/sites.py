@@ -15,7 +15,7 @@ from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Stage
 from tokred.compiler.suffix import Suffix, special_rows
-from tokred.passes.site_tensors import SiteTensors, rows_at, shape_of
+from tokred.passes.site_tensors import PROBED, SiteTensors, rows_at, shape_of
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place
 
@@ -67,15 +67,17 @@ def unfit(
     companion: bool,
 ) -> Refusal | None:
     """What the method needs and the site lacks. `companion`: see Options."""
-    if "visual" in method.needs and span is None:
+    needs = set(method.needs_at(block.layer, block.depth))
+    attention = needs & PROBED
+    if "visual" in needs and span is None:
         found = "no masked_scatter writes image features into this stream, and options name no rows"
         return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
-    if "tower" in method.needs and (span is None or tensors.tower(span) is None):
+    if "tower" in needs and (span is None or tensors.tower(span) is None):
         reason = "no vision encoder shows whose patches, one by one, became these image tokens"
         return refuse("no-vision-tower", reason, block)
-    if "tower" in method.needs and place.free != place.whole:
+    if "tower" in needs and place.free != place.whole:
         return refuse("no-vision-tower", "image tokens are gone, and others stand where the encoder's were", block)
-    if method.scope == "layer" and method.probe == "previous" and tensors.previous(block) is None:
+    if method.scope == "layer" and method.probe == "previous" and attention and tensors.previous(block) is None:
         return refuse("no-previous-layer", "the scores come from the layer before, and there is none", block)
     later = [b for b in caches.cut if b.axis == block.axis and b.layer >= block.layer]
     if later:
@@ -84,15 +86,15 @@ def unfit(
     if caches.whole and block.layer == 0 and method.scope == "layer" and not companion:
         reason = "the model reads positions off layer 0's cache, which would be short: use tokred.compile(model)"
         return refuse("first-cache", reason, block)
-    if not method.causal_safe and is_causal(block):
+    if not method.causal_safe and method.merges != "visual" and is_causal(block):
         return refuse("causal", f"{method.name} mixes tokens, and later ones would leak into earlier ones", block)
-    if set(method.needs) & {"keys", "queries", "class_token"} and len(shape_of(block.key)) not in (3, 4):
+    if attention and len(shape_of(block.key)) not in (3, 4):
         shown = f"the keys have {len(shape_of(block.key))} dimensions, not samples, heads, tokens, channels"
         return refuse("layout", shown, block)
-    if "class_token" in method.needs and place.head < 1:
+    if "class_token" in needs and place.head < 1:
         reason = f"{method.name} ranks tokens by the class token's attention, and there is none"
         return refuse("no-class-token", reason, block)
-    if "grid" in method.needs and place.grid is None:
+    if "grid" in needs and place.grid is None:
         reason = f"{method.name} needs the patches' grid, which does not show (or no longer holds) here"
         return refuse("no-grid", reason, block)
     if isinstance(place.free, int) and place.free <= 0:

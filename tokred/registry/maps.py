@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Keep", "Merge", "Mlerp", "Represent", "Soft", "TokenMap", "cut_weight", "partition", "rows"]
+__all__ = ["Keep", "Merge", "Mlerp", "Represent", "Soft", "TokenMap", "cut_weight", "joined", "partition", "rows"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,17 @@ def partition(chosen: Tensor, length: Any) -> tuple[Tensor, Tensor]:
     slot = torch.where(is_chosen > 0, so_far - 1, r + every - so_far)
     order = torch.zeros_like(every).scatter(1, slot, every)
     return order[:, :r], order[:, r:]
+
+
+def joined(src: Tensor, target: Tensor, length: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows src [B R] join rows target [B R], which stay: keep [B N-R], src and into as `Merge` takes them.
+
+    Kept rows are ascending; N = `length`.
+    """
+    keep = partition(src, length)[1]
+    slots = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    places = torch.zeros_like(keep[:, :1]).expand(-1, length).scatter(1, keep, slots)  # [B N] of the rows that stay
+    return keep, src, places.gather(1, target)
 
 
 def _cut_index(index: Tensor, lo: int, hi: int, length: Any) -> Tensor:

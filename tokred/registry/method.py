@@ -37,8 +37,11 @@ class Reduction:
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
-             the layer itself, computed for the tokens that it would have had; "none" where it needs none of that
+             the layer itself, computed for the tokens that it would have had
     uses     what it takes from the site where that has it, and does without elsewhere: "tower"
+    merges   "visual": mixes tokens of the visual span with one another and with nothing else, and keeps all others in
+             order. Under causal attention that leaks nothing into the text, if the span is one piece in every sample:
+             asserted when the model runs
     """
 
     layers: int | list[int] | tuple[int, ...] | str | None = None
@@ -50,6 +53,7 @@ class Reduction:
     scope: ClassVar[str] = "persistent"
     probe: ClassVar[str] = "previous"
     averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
+    merges: ClassVar[str] = ""
     causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
 
     def default_layers(self, depth: int) -> list[int] | None:
@@ -68,6 +72,10 @@ class Reduction:
                 return layer in range(depth)[_slice(chosen)]
             return fnmatch(module, chosen)
         return layer in {number % depth if number < 0 else number for number in chosen}
+
+    def needs_at(self, layer: int, depth: int) -> tuple[str, ...]:
+        """What the site must have at this layer, for methods that do not do the same at all; `needs`."""
+        return self.needs
 
     def removed(self, place: Place) -> Any:
         """How many tokens disappear at this place; 0 leaves the site alone. Numbers only: called before tracing."""

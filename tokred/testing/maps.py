@@ -44,6 +44,10 @@ def check_plan(method: Reduction, site: Site) -> TokenMap:
     _check_protected(where, site, token_map, reduced.detach())
     if method.causal_safe:
         _check_order(where, site, token_map)
+    elif method.merges and site.inside is not None:
+        places = torch.arange(site.tokens, dtype=torch.float64).expand(site.batch, -1).unsqueeze(-1)
+        ascending = (token_map.pick(places).squeeze(-1).diff(dim=1) > 0).all()
+        assert ascending, f"{where}: merges image tokens in a causal model, but rows change their order"
     (gradient,) = torch.autograd.grad(reduced.float().square().sum(), hidden)
     assert gradient.isfinite().all(), f"{where}: gradients are not finite"
     return token_map
@@ -100,8 +104,11 @@ def check_plans(method: Reduction) -> int:
 def _check_protected(where: str, site: Site, token_map: TokenMap, reduced: Tensor) -> None:
     kept = reduced.shape[1]
     if site.inside is not None:
-        left = token_map.groups(site.tokens) >= 0
-        assert (left | site.inside).all(), f"{where}: rows outside the visual span are protected and must stay"
+        groups = token_map.groups(site.tokens)
+        assert ((groups >= 0) | site.inside).all(), f"{where}: rows outside the visual span are protected and must stay"
+        text = ~site.inside
+        same = torch.equal(reduced.gather(1, _wide(groups.clamp(min=0), reduced))[text], site.hidden[text])
+        assert same, f"{where}: rows outside the visual span are protected and must stay as they are"
     assert torch.equal(reduced[:, : site.head], site.hidden[:, : site.head]), (
         f"{where}: the first {site.head} rows are protected and must stay first, as they are"
     )
@@ -153,6 +160,10 @@ def _check_alone(method: Reduction, site: Site, token_map: TokenMap, where: str)
     }
     alone = method.plan(replace(site, **row)).reduce(site.hidden[1:2])
     _close(alone, token_map.reduce(site.hidden)[1:2], f"{where}: a sample's tokens depend on the other samples")
+
+
+def _wide(index: Tensor, like: Tensor) -> Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
 
 
 def _close(a: Tensor, b: Tensor, message: str) -> None:

@@ -42,7 +42,9 @@ def _fits(method: Reduction, place: Place) -> bool:
     """Whether a method that needs this much is asked here, and does not refuse."""
     if ("class_token" in method.needs and not place.head) or ("grid" in method.needs and place.grid is None):
         return False
-    if ("visual" in method.needs and place.span is None) or (place.span is not None and not method.causal_safe):
+    if "visual" in method.needs and place.span is None:
+        return False
+    if place.span is not None and not method.causal_safe and method.merges != "visual":
         return False
     try:
         method.removed(place)

@@ -42,8 +42,8 @@ class VisionZip(VisualCut):
     contextual: float = 10 / 64
 
     needs = ("visual", "tower")
-    probe = "none"
     merges = "visual"
+    causal_safe = False
 
     def __post_init__(self) -> None:
         keep_fraction(self.name, self.keep, self.ratio, 1 / 9)
