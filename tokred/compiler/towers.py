@@ -23,7 +23,14 @@ aten = torch.ops.aten
 
 # What keeps rows of channels, and their order, if the last dimension stays what it is.
 COPIES = {aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim}
-COPIES |= {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.dropout.default}
+COPIES |= {
+    aten.slice.Tensor,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+}
 # What computes each row from itself and parameters alone.
 ROWWISE = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten._to_copy.default}
 ROWWISE |= {aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.dropout.default}
@@ -53,9 +60,15 @@ def find_tower(features: fx.Node, attentions: list[Attention]) -> Tower | None:
         source: Any = _whole(node) if node.target in (aten.cat.default, aten.stack.default) else node.args[0]
         if not isinstance(source, fx.Node) or tensor_meta(source) is None or tensor_meta(node) is None:
             return None
-        if node.target is aten.slice.Tensor:
+        if node.target is aten.slice.Tensor and not _is_whole(node, source):
             shape, (start, stop) = tensor_meta(source).shape, _bounds(node)  # type: ignore[union-attr]
-            if first or len(shape) != 3 or Op(node)["dim"] != 1 or stop < shape[1] or start < 0:
+            if (
+                first
+                or len(shape) != 3
+                or (Op(node)["dim"], Op(node)["step"]) != (1, 1)
+                or stop < shape[1]
+                or start < 0
+            ):
                 return None
             first = start
         elif node.target in ROWWISE and _is_rowwise(node):
@@ -75,6 +88,12 @@ def _copies(node: fx.Node, source: fx.Node) -> bool:
     before, after = tensor_meta(source), tensor_meta(node)
     assert before is not None and after is not None
     return node.target in COPIES and after.dim() >= 2 and same(before.shape[-1], after.shape[-1])
+
+
+def _is_whole(node: fx.Node, source: fx.Node) -> bool:
+    before, after = tensor_meta(source), tensor_meta(node)
+    assert before is not None and after is not None
+    return all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
 
 
 def _is_rowwise(node: fx.Node) -> bool:

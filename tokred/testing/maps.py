@@ -153,13 +153,17 @@ def _check_windows(token_map: TokenMap, site: Site, reduced: Tensor, where: str)
 
 def _check_alone(method: Reduction, site: Site, token_map: TokenMap, where: str) -> None:
     """A sample's tokens do not depend on the batch that it is in."""
-    row: dict[str, Any] = {
-        field.name: value[1:2]
-        for field in fields(site)
-        if isinstance(value := getattr(site, field.name), Tensor) and value.shape[0] == site.batch
-    }
+    row = _row(site, site.batch)
+    if site.tower is not None:
+        row["tower"] = replace(site.tower, **_row(site.tower, site.batch))
     alone = method.plan(replace(site, **row)).reduce(site.hidden[1:2])
     _close(alone, token_map.reduce(site.hidden)[1:2], f"{where}: a sample's tokens depend on the other samples")
+
+
+def _row(owner: Any, batch: int) -> dict[str, Any]:
+    """The second sample of each tensor field."""
+    values = {field.name: getattr(owner, field.name) for field in fields(owner)}
+    return {name: x[1:2] for name, x in values.items() if isinstance(x, Tensor) and x.shape[0] == batch}
 
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:

@@ -80,12 +80,15 @@ class TinyPrompt(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(50, WIDTH), nn.Parameter(torch.randn(1, 21, WIDTH))
-        self.patch = nn.Conv2d(3, WIDTH, 2, stride=2)
+        self.patch, self.first = nn.Conv2d(3, WIDTH, 2, stride=2), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.eye, self.project = Block(), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        words, features = self.words(ids), self.patch(pixels).flatten(2).transpose(1, 2)
+        words, patches = self.words(ids), self.patch(pixels).flatten(2).transpose(1, 2)
+        seen = self.eye(torch.cat([self.first.expand(patches.shape[0], -1, -1), patches], 1))
+        features = self.project(seen[:, 1:])
         x = words.masked_scatter((ids == 0).unsqueeze(-1).expand_as(words), features) + self.places
         places = torch.arange(ids.shape[1], device=ids.device)
         causal = (places <= places.unsqueeze(-1))[None, None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokred.errors import ArgumentError
 from tokred.registry.method import Reduction
-from tokred.registry.site import Place, Site
+from tokred.registry.site import Place, Site, Tower
 
 __all__ = ["make_site", "places"]
 
@@ -22,6 +22,7 @@ SHAPES = (
     {"tokens": 23, "head": 2, "tail": 1, "grid": (4, 5)},  # distillation in front, one more behind
     {"tokens": 24, "head": 1, "tail": 2},  # text
     {"tokens": 29, "span": 12, "whole": 16},  # a prompt with an image's tokens at other places in each sample
+    {"tokens": 31, "span": 16, "whole": 16},  # the same before anything was removed
 )
 
 
@@ -43,6 +44,8 @@ def _fits(method: Reduction, place: Place) -> bool:
     if ("class_token" in method.needs and not place.head) or ("grid" in method.needs and place.grid is None):
         return False
     if "visual" in method.needs and place.span is None:
+        return False
+    if "tower" in method.needs and place.free != place.whole:
         return False
     if place.span is not None and not method.causal_safe and method.merges != "visual":
         return False
@@ -82,6 +85,16 @@ def make_site(
     if place.span is not None:
         order = torch.rand(batch, tokens, generator=generator).argsort(dim=-1)
         inside = torch.zeros(batch, tokens, dtype=torch.bool).scatter(1, order[:, : place.span], True)
+    tower = None
+    if place.span is not None and place.span == place.whole:
+        patches = (batch, place.span)
+        weight = normal(CHANNELS + 4, CHANNELS)
+        tower = Tower(
+            hidden=normal(*patches, CHANNELS + 4),
+            key=normal(*patches, HEAD_DIM),
+            attention=normal(*patches).softmax(-1),
+            project=lambda rows: rows @ weight,
+        )
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
     heads = (batch, HEADS, tokens, HEAD_DIM)
     return Site(
@@ -94,4 +107,5 @@ def make_site(
         valid=valid,
         mask=mask,
         inside=inside,
+        tower=tower,
     )

@@ -14,7 +14,7 @@ from tokred.errors import ArgumentError
 from tokred.registry.maps import TokenMap, partition, rows
 from tokred.registry.method import keep_fraction
 from tokred.registry.register import register
-from tokred.registry.site import Place, Site
+from tokred.registry.site import Place, Site, precise
 from tokred.registry.visual import VisualCut
 
 
@@ -70,8 +70,9 @@ class VisionZip(VisualCut):
         key = normalize(tower.key, dim=-1)
         nearest = (rows(key, others) @ rows(key, targets).transpose(1, 2)).argmax(-1)  # [B R]
         belongs = nearest.unsqueeze(1) == torch.arange(targets.shape[1], device=nearest.device).unsqueeze(-1)  # [B M R]
-        weight = belongs / belongs.sum(-1, keepdim=True).clamp(min=1)
-        merged = rows(tower.hidden, targets) + weight.to(tower.hidden.dtype) @ rows(tower.hidden, others)
+        member = belongs.to(precise(tower.hidden).dtype)
+        weight = (member / member.sum(-1, keepdim=True).clamp(min=1)).to(tower.hidden.dtype)
+        merged = rows(tower.hidden, targets) + weight @ rows(tower.hidden, others)
         where = rows(site.candidates().unsqueeze(-1), targets)  # [B M 1]
         features = tower.project(merged).to(site.hidden.dtype)
         return site.hidden.scatter(1, where.expand(-1, -1, features.shape[-1]), features)
