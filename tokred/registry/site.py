@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.backends.kernels.column_sums import column_sums
 from tokred.registry.maps import Keep, partition
 
 __all__ = ["Place", "Site", "Tower", "precise"]
@@ -157,6 +158,38 @@ class Site(Place):
         if mask is not None and mask.dtype == torch.bool:  # padding may see nothing at all
             weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
         return weights
+
+    def flow(self, weight: Tensor, *, temperature: float = 1.0, steps: int = 1) -> Tensor:
+        """[B H N] x^T A: how much of the rows' weights x, [B N] or [B H N], each key is given by the attention A.
+
+        A is the model's own, in float32 or better, its scores divided by `temperature`; it is streamed in blocks of
+        rows and never a matrix. `steps` of it: x^T A^steps. Rows that see nothing, padding, give nothing.
+        """
+        if self.weights is not None:
+            attention = precise(self.weights)
+            if temperature != 1.0:  # as softmax(log A / T) is softmax(scores / T)
+                attention = (attention.log() / temperature).softmax(-1)
+            if self.valid is not None:
+                attention = attention * self.valid.unsqueeze(1).unsqueeze(-1)
+            weight = weight if weight.dim() == 3 else weight.unsqueeze(1).expand(-1, attention.shape[1], -1)
+            for _ in range(steps):
+                weight = (weight.to(attention.dtype).unsqueeze(2) @ attention).squeeze(2)
+            return weight
+        assert self.query is not None and self.key is not None
+        mask, causal = self.mask, self.causal and self.mask is None
+        if self.size is not None and self.prop_attn:
+            bias = self.size.clamp(min=1e-6).log()[:, None, None]
+            mask = self._biased(bias)
+        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        weight = weight if weight.dim() == 3 else weight.unsqueeze(1).expand(-1, self.query.shape[1], -1)
+        sums: Tensor = column_sums(self.query, self.key, weight, mask, causal, scale, temperature, steps)
+        return sums
+
+    def _biased(self, bias: Tensor) -> Tensor:
+        """The mask with [B 1 1 N] added to the scores."""
+        if self.mask is None:
+            return bias
+        return bias.masked_fill(~self.mask, -torch.inf) if self.mask.dtype == torch.bool else self.mask + bias
 
     def last(self, back: int = 1) -> Tensor:
         """[B 1] the row of the last token of each sample that is not padding, or of the one `back` - 1 before it."""
