@@ -158,7 +158,10 @@ class SiteTensors:
 
         def function(stream: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor]:
             images = Site(layer=0, depth=1, tokens=stream.shape[1], hidden=stream, query=query, key=key, scale=scale)
-            rows = images.attend(images.arange(0, 1 if first else stream.shape[1])).mean((1, 2))  # [I T]
+            if first:
+                rows = images.attention(row=0).mean(1)  # [I T]
+            else:
+                rows = images.flow(torch.ones_like(stream[:, :, 0])).mean(1) / stream.shape[1]
             seen = {"hidden": stream[:, first:], "key": key.mean(1)[:, first:], "attention": rows[:, first:]}
             return {name: x.reshape(batch, -1, *x.shape[2:]) for name, x in seen.items()}
 

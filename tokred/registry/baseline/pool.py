@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokred.registry.grid import cell_numbers, coarser, first_of_cells, others
-from tokred.registry.maps import Merge, TokenMap
+from tokred.registry.maps import Merge, TokenMap, joined
 from tokred.registry.method import Share
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site
@@ -21,9 +21,13 @@ class Pool(Share):
     and after a first reduction, they are runs of neighbours in the sequence. Means are weighted by size, as in ToMe
     (Bolya et al., arXiv 2210.09461, section 3).
 
+    Image tokens of a language model are runs of neighbours too, each in the place of its first.
+
     keep, ratio   fraction of the unprotected tokens kept or removed at each cut; 0.5
     layers        None is three cuts, a quarter, half and three quarters of the way
     """
+
+    merges = "visual"
 
     def cells(self, place: Place) -> tuple[Any, Any]:
         if place.grid is None:
@@ -39,7 +43,7 @@ class Pool(Share):
         row, column = cell_numbers(grid, cells, device)
         first = first_of_cells(grid, cells, device)  # [K]
         rest = others(first, site.free)  # [N - K]
-        keep = site.with_protected((first + site.head).expand(site.batch, -1))
-        src = (rest + site.head).expand(site.batch, -1)
-        into = ((row * cells[1] + column)[rest] + site.head).expand(site.batch, -1)
+        target = first[(row * cells[1] + column)[rest]]
+        candidates = site.candidates()  # [B N]
+        keep, src, into = joined(candidates[:, rest], candidates[:, target], site.tokens)
         return Merge.mean(keep, src, into, site.sizes())
