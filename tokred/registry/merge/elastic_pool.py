@@ -19,7 +19,7 @@ from tokred.registry.site import Place, Site
 class ElasticPool(Reduction):
     """Pool the features of each image to a square number of tokens, in front of the language model's first layer.
 
-    Hu et al.: "TokenFLEX: Unified VLM Training for Flexible Visual Tokens Inference", arXiv 2504.03154, section 3:
+    "TokenFLEX: Unified VLM Training for Flexible Visual Tokens Inference", arXiv 2504.03154 (no code was released):
     adaptive average pooling to 8 x 8, 12 x 12 or 16 x 16 tokens. The paper pools in front of a projector that was
     trained for it; an unmodified model has no such projector, so this pools behind its own. Each cell stands in the
     place of its first patch, with that position. It takes one image of one square grid a sample.
