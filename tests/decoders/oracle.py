@@ -15,13 +15,27 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["Selection", "adaptinfer", "attention_of", "fastv", "generate", "masked", "pyramiddrop"]
+__all__ = [
+    "Selection",
+    "adaptinfer",
+    "attention_of",
+    "decoder_layers",
+    "embeddings",
+    "fastv",
+    "generate",
+    "hidrop",
+    "late",
+    "masked",
+    "pyramiddrop",
+    "sparsevlm",
+]
 
 Dropped = dict[int, Tensor]  # layer -> [B N], True where a prompt token is gone from this layer on
 
 
 _dropped: Dropped = {}
 _weights: dict[int, Tensor] = {}
+_late: list[tuple[Tensor, int]] = []
 
 
 def _attention(
@@ -45,6 +59,9 @@ def _attention(
     for first, gone in _dropped.items():
         if first <= module.layer_idx:
             seen = seen & ~nn.functional.pad(gone, (0, total - gone.shape[1]))[:, None, None]
+    for hidden, enter in _late:
+        if module.layer_idx < enter:
+            seen = seen & ~nn.functional.pad(hidden, (0, total - hidden.shape[1]))[:, None, None]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)  # padding sees nothing
     _weights[module.layer_idx] = weights
     return (weights @ value).transpose(1, 2), weights
@@ -129,6 +146,82 @@ def adaptinfer(layers: list[int], shares: list[float]) -> Selection:
         return dropped
 
     return select
+
+
+def sparsevlm(layers: list[int], shares: list[float]) -> Selection:
+    """Gumpest/SparseVLMs: words that look more like the image than the mean word does rate, by attention."""
+
+    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
+        entering = embeddings(model, inputs)
+        raters = []
+        for sample, x in enumerate(entering):
+            places = visual[sample].nonzero().squeeze(-1)
+            text = torch.arange(int(places.max()) + 1, visual.shape[1])
+            share = (x[places] @ x[text].T).softmax(-1).mean(0)
+            raters.append(text[share > share.mean()])
+            assert 0 < len(raters[-1]) < len(text)
+        dropped: Dropped = {}
+        left, first = visual.clone(), int(visual[0].sum())
+        for layer, share in zip(layers, shares, strict=True):
+            attention = attention_of(model, inputs, layer - 1, dropped).mean(1)
+            score = torch.stack([each[rows].mean(0) for each, rows in zip(attention, raters, strict=True)])
+            dropped[layer] = _all_but_top(score, left, round(share * first))
+            left = left & ~dropped[layer]
+        return dropped
+
+    return select
+
+
+def hidrop(layers: list[int], shares: list[float]) -> Selection:
+    """The paper's section 3, behind the injection: the last row of the layer's own attention. Run inside `late`."""
+
+    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
+        dropped: Dropped = {}
+        left, first = visual.clone(), int(visual[0].sum())
+        for layer, share in zip(layers, shares, strict=True):
+            score = attention_of(model, inputs, layer, dropped)[:, :, -1].mean(1)
+            dropped[layer] = _all_but_top(score, left, round(share * first))
+            left = left & ~dropped[layer]
+        return dropped
+
+    return select
+
+
+def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """[B N C] what enters the first layer."""
+    found: list[Tensor] = []
+    handle = decoder_layers(model)[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+def decoder_layers(model: Any) -> Any:
+    """The language model's blocks."""
+    if hasattr(model, "transformer"):
+        return model.transformer.h
+    return getattr(model.model, "language_model", model.model).layers
+
+
+@contextmanager
+def late(model: Any, visual: Tensor, enter: int) -> Iterator[None]:
+    """Inside, the layers before `enter` neither show the image's keys to anyone nor change its rows."""
+
+    def hold(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        rows = nn.functional.pad(visual, (0, args[0].shape[1] - visual.shape[1])).unsqueeze(-1)
+        if isinstance(output, tuple):
+            return (torch.where(rows, args[0], output[0]), *output[1:])
+        return torch.where(rows, args[0], output)
+
+    handles = [layer.register_forward_hook(hold) for layer in decoder_layers(model)[:enter]]
+    _late.append((visual, enter))
+    try:
+        yield
+    finally:
+        _late.pop()
+        for handle in handles:
+            handle.remove()
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], dropped: Dropped, steps: int) -> Tensor:

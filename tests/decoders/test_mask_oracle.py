@@ -17,6 +17,8 @@ METHODS: dict[str, oracle.Selection] = {
     "fastv(layer=2, keep=0.5)": oracle.fastv(2, 0.5),
     "pyramiddrop()": oracle.pyramiddrop([1, 2, 3], 0.5),
     "adaptinfer(keep=[0.5, 0.25], layers=[1, 3])": oracle.adaptinfer([1, 3], [0.5, 0.25]),
+    "sparsevlm(keep=[0.5, 0.25], layers=[1, 3])": oracle.sparsevlm([1, 3], [0.5, 0.25]),
+    "hidrop(keep=[0.5, 0.25, 0], layers=[1, 2, 4])": oracle.hidrop([1, 2, 4], [0.5, 0.25, 0]),
 }
 
 
@@ -73,6 +75,49 @@ def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(name: st
         real = [row for row in survivor if inputs["attention_mask"][sample, row]]
         difference = (output.logits[sample, real] - wanted[sample, real]).abs().max()
         assert difference < 1e-9 * wanted.abs().max(), f"{name}, {recipe}: off by {difference}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*DECODERS, *VLMS])
+def test_late_tokens_are_not_seen_and_do_not_change_before_they_enter(name: str) -> None:
+    inputs = prompts(model=name)
+    plain, image = reference(name), visual(name, prompts(model=name))
+    recipe, enter, layers, shares = "hidrop(keep=[0, 1, 0.5, 0], layers=[0, 2, 3, 4])", 2, [3, 4], [0.5, 0.0]
+    with oracle.late(plain, image, enter):
+        dropped = oracle.hidrop(layers, shares)(plain, inputs, image)
+        with torch.no_grad(), oracle.masked(dropped):
+            wanted = plain(**inputs, use_cache=False).logits
+    model = tokred.compile(build(name), recipe, **options(name))
+    tokred.reset()
+    with torch.no_grad():
+        output = model(**inputs)
+    text, half = survivors({0: image}, 3)[0], survivors({3: dropped[3]}, 3)[0]
+    found = [layer.rows.tolist() if isinstance(layer, PrunedLayer) else None for layer in output.past_key_values.layers]
+    assert found == [text, text, None, half, text]
+    for sample, survivor in enumerate(text):
+        real = [row for row in survivor if inputs["attention_mask"][sample, row]]
+        difference = (output.logits[sample, real] - wanted[sample, real]).abs().max()
+        assert difference < 1e-9 * wanted.abs().max(), f"{name}: off by {difference}"
+    shown = [b.tokens for g in tokred.reports().graphs for b in g.blocks if b.method and not b.refusal]
+    assert shown == [
+        (LENGTH, len(text[0])),
+        (len(text[0]), LENGTH),
+        (LENGTH, len(half[0])),
+        (len(half[0]), len(text[0])),
+    ]
+
+
+@pytest.mark.slow
+def test_generation_goes_on_behind_late_injection() -> None:
+    inputs = prompts(4, model="llava")
+    plain, image = reference("llava"), visual("llava", inputs)
+    with oracle.late(plain, image, 2):
+        wanted = oracle.generate(plain, inputs, oracle.hidrop([3, 4], [0.5, 0.0])(plain, inputs, image), 12)
+    model = tokred.compile(build("llava"), "hidrop(keep=[0, 1, 0.5, 0], layers=[0, 2, 3, 4])", **options("llava"))
+    given = {key: value for key, value in inputs.items() if key != "position_ids"}
+    new = model.generate(**given, do_sample=False, max_new_tokens=12, suppress_tokens=[IMAGE])[:, LENGTH:]
+    assert new.tolist() == wanted.tolist()
+    assert len({tuple(row) for row in wanted.tolist()}) == 4, "the reference says the same to every prompt"
 
 
 @pytest.mark.slow

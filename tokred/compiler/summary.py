@@ -71,6 +71,7 @@ def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -
     now = {_identity(block): block for block in blocks.attentions}
     acted = {_identity(block): applied for block, applied in reduced.applied.items()}
     refused = {_identity(block): entry for block, entry in reduced.refused.items()}
+    returned = {_identity(block): entry for block, entry in reduced.returned.items()}
     modules = Counter(block.module for block in found.attentions)
     calls: Counter[str] = Counter()
     linears = [node for mlp in found.mlps for node in (mlp.down, *mlp.ups)]
@@ -91,6 +92,10 @@ def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -
             applied = acted[key]
             row.method, row.tokens = str(applied.method), (_show(applied.place.tokens), _show(applied.after))
             row.note = applied.note
+        elif key in returned:
+            method, before, after = returned[key]
+            row.method, row.tokens = str(method), (_show(before), _show(after))
+            row.note = "the tokens that were dropped are back"
         elif key in refused:
             method, refusal = refused[key]
             row.method, row.refusal = str(method), refusal

@@ -102,6 +102,8 @@ def weighted_mean(lift: Lift, op: Op, ready: dict[tuple[str, int], Value], step:
     rows = step.weighted_mean
     assert rows is not None
     ((key, value),) = ready.items()
+    if rows.stage.parent is None:  # all tokens are back
+        return lift.call(op, {key: value.node}, step.outs)
     if any(not stage.map.restorable for stage in rows.stage.chain[1:]):
         if op.target not in (aten.mean.dim, aten.mean.default):
             raise CannotAlign(f"{op.target} over tokens of which some were dropped")

@@ -50,6 +50,7 @@ class Reduced:
     graph: fx.GraphModule
     applied: dict[Attention, Applied] = field(default_factory=dict)
     refused: dict[Attention, tuple[Reduction, Refusal]] = field(default_factory=dict)
+    returned: dict[Attention, tuple[Reduction, Any, Any]] = field(default_factory=dict)  # tokens before and after
     restored: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     lengths: dict[fx.Node, dict[int, Any]] = field(default_factory=dict)  # old node -> {dimension: present length}
     caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
@@ -147,9 +148,23 @@ class _Run:
                 continue
             if not self._means(method, block):
                 continue
+            if method.scope == "layer" and method.restores(block.layer, block.depth):
+                self._guarded(partial(self._bring_back, block, method))
             refusal = self.barred.get((block, method.name)) or block.refusal or self._apply(block, method)
             if refusal is not None:
                 self.reduced.refused.setdefault(block, (method, refusal))
+
+    def _bring_back(self, block: Attention, method: Reduction) -> None:
+        """All tokens are in the stream again, as they were before each was dropped; later cuts start from all."""
+        node = node_to_cut(block, method.scope)
+        assert node is not None
+        value = self.lift.env[node]
+        rows = rows_at(value, block.token_dim)
+        if rows is None or rows.stage.parent is None:
+            return
+        whole = self.lift.aligner.restore(value)
+        self.lift.env[node] = whole
+        self.reduced.returned[block] = (method, value.shape[block.token_dim], whole.shape[block.token_dim])
 
     def _explain_rest(self, block: Attention) -> None:
         """A block without a stream is never a site: its own refusal stands for every method that wanted it."""
@@ -202,7 +217,7 @@ class _Run:
         self, block: Attention, method: Reduction, place: Place, span: Span | None, value: Any
     ) -> tuple[Any, fx.Node]:
         """Trace the method, and its effect on the stream, into the graph."""
-        tensors = self.tensors.of(block, method, value, span)
+        tensors = self.tensors.of(block, method, place, value, span)
         swap = block.token_dim < block.batch_dim
         numbers: dict[str, Any] = {name: getattr(place, name) for name in Place.__dataclass_fields__}
         rows, probed = rows_at(value, block.token_dim), self.tensors.probed(block, method)

@@ -11,13 +11,14 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
+from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Rows, Stage
 from tokred.compiler.towers import Tower as Encoder
 from tokred.compiler.towers import find_tower
 from tokred.registry.maps import cut_weight
 from tokred.registry.method import Reduction
-from tokred.registry.site import Site, Tower
+from tokred.registry.site import Place, Site, Tower
 
 __all__ = ["SiteTensors", "number", "rows_at", "shape_of", "tower_of"]
 
@@ -30,11 +31,12 @@ class SiteTensors:
 
     def __init__(self, lift: Lift, axes: Axes, attentions: list[Attention]):
         self.lift, self.axes, self.attentions = lift, axes, attentions
+        self.prepared: dict[tuple[Any, ...], fx.Node] = {}
         self.layers = {(b.axis, b.form, b.layer): b for b in attentions}
         self.towers: dict[fx.Node, Encoder | None] = {}
         self.checked: dict[tuple[fx.Node, bool], fx.Node] = {}  # a span's mask -> itself behind its run-time checks
 
-    def of(self, block: Attention, method: Reduction, value: Any, span: Span | None) -> dict[str, Any]:
+    def of(self, block: Attention, method: Reduction, place: Place, value: Any, span: Span | None) -> dict[str, Any]:
         """By the names that `Site` gives them: [B H N D] or [B N C], in whichever order the graph has them."""
         tensors: dict[str, Any] = {"hidden": value.node}
         rows = rows_at(value, block.token_dim)
@@ -50,6 +52,8 @@ class SiteTensors:
         if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
+        if "prepared" in wanted:
+            tensors["prepared"] = self._prepared(block, method, place, rows, span)
         if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
             self._run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
@@ -90,15 +94,22 @@ class SiteTensors:
             tensors["key"] = operand("key", block.key)
         if {"queries", "class_token"} & needs:
             tensors["query"] = operand("query", block.query)
-        if isinstance(block.mask, fx.Node):
-            if block.mask not in self.lift.env:  # in front of the first layer, which reads it first
-                self._run_ahead(block.mask)
-            mask = operand("attn_mask", block.mask)
-            meta = mask.meta["val"]
-            if {"queries", "class_token"} & needs:
-                tensors["mask"] = self._rank4(mask)
-            if meta.dim() == 4 and not (isinstance(meta.shape[0], int) and meta.shape[0] == 1):
-                tensors["valid"] = self.lift.emit(_visible, mask)
+        seen = self._visibility(block, used)
+        if not {"queries", "class_token"} & needs:
+            seen.pop("mask", None)
+        return tensors | seen
+
+    def _visibility(self, block: Attention, used: dict[str, Any]) -> dict[str, fx.Node]:
+        """The attention's mask [B|1 1|H 1|N N], and which tokens it shows to any query, [B N]."""
+        if not isinstance(block.mask, fx.Node):
+            return {}
+        if block.mask not in self.lift.env:  # in front of the first layer, which reads it first
+            self._run_ahead(block.mask)
+        node: fx.Node = (used.get("attn_mask") or self.lift.env[block.mask]).node
+        mask = self._heads(node, self._order(block, block.mask), None)
+        meta, tensors = mask.meta["val"], {"mask": self._rank4(mask)}
+        if meta.dim() == 4 and not (isinstance(meta.shape[0], int) and meta.shape[0] == 1):
+            tensors["valid"] = self.lift.emit(_visible, mask)
         return tensors
 
     def _run_ahead(self, last: fx.Node) -> None:
@@ -168,6 +179,55 @@ class SiteTensors:
         fields: dict[str, Any] = self.lift.emit(function, self.lift.env[tower.stream].node, query, key)
         nodes = [node.all_input_nodes[1:] for node in tower.projector]
         return fields | {"projector": [[self.lift.env[arg].node for arg in args] for args in nodes]}
+
+    # -- computed once ------------------------------------------------------------------------------------------------
+
+    def _prepared(
+        self, block: Attention, method: Reduction, place: Place, rows: Rows | None, span: Span | None
+    ) -> fx.Node:
+        """[B N] of what `method.prepare` says of the tokens that entered layer 0, brought to the present stage."""
+        stages = rows.stage.chain if rows is not None else [Stage(place.tokens)]
+        if rows is not None and (rows.lo or rows.hi):
+            raise ValueError("tokens that did not enter layer 0 stand beside those that did")
+        first = self.layers[block.axis, block.form, 0]
+        key = (str(method), block.axis)  # lists among its options have no hash
+        if key not in self.prepared:
+            self.prepared[key] = self._prepare(first, method, place, stages[0], span)
+        node = self.prepared[key]
+        for stage in stages[1:]:
+            if ("prepared", key) not in stage.cache:
+                stage.cache["prepared", key] = self.lift.emit(
+                    lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), node, stage.map
+                )
+            node = stage.cache["prepared", key]
+        return node
+
+    def _prepare(self, first: Attention, method: Reduction, place: Place, root: Stage, span: Span | None) -> fx.Node:
+        assert first.join is not None
+        value = self.lift.env[residual_of(first.join)]  # type: ignore[index]
+        while value.before_cut is not None:
+            value = value.before_cut
+        tensors = {"hidden": value.node} | self._visibility(first, {})
+        head, tail, count = place.head, place.tail, None
+        if span is not None and span.mask is not None:
+            tensors["inside"], count = self._inside(span, None, whole=method.merges == "visual"), span.count
+        whole: dict[str, Any] = {
+            "head": head,
+            "tail": tail,
+            "span": count,
+            "whole": count,
+            "tokens": root.length,
+            "layer": 0,
+        }
+        swap = first.token_dim < first.batch_dim
+
+        def function(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            seen: dict[str, Any] = {name: x.detach() for name, x in inputs.items()}
+            hidden = seen["hidden"].transpose(0, 1) if swap else seen["hidden"]
+            return method.prepare(Site(**whole, depth=place.depth, **(seen | {"hidden": hidden})))
+
+        node: fx.Node = self.lift.emit(function, tensors)
+        return node
 
     # -- spans --------------------------------------------------------------------------------------------------------
 

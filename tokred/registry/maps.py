@@ -177,6 +177,24 @@ class Merge(TokenMap):
         weight = torch.where(total > 0, kept / divisor, 1.0)  # a group made only of padding stays what it is
         return Merge(keep, src, into, weight, gone / divisor.gather(1, into), total, prop_attn)
 
+    def then(self, after: Merge) -> Merge:
+        """This merge and then `after` as one; without sizes."""
+        weight = torch.cat([after.keep_weight, after.src_weight], 1)
+        weight = torch.zeros_like(weight).scatter(1, torch.cat([after.keep, after.src], 1), weight)  # [B K]
+        return Merge(
+            self.keep.gather(1, after.keep),
+            torch.cat([self.src, self.keep.gather(1, after.src)], 1),
+            torch.cat([after.groups(None).gather(1, self.into), after.into], 1),
+            self.keep_weight.gather(1, after.keep) * after.keep_weight,
+            torch.cat(
+                [
+                    self.src_weight * weight.gather(1, self.into),
+                    self.keep_weight.gather(1, after.src) * after.src_weight,
+                ],
+                1,
+            ),
+        )
+
     def reduce(self, x: Tensor) -> Tensor:
         kept = rows(x, self.keep) * self.keep_weight.unsqueeze(-1)  # half precision is summed in float32
         gone = rows(x, self.src) * self.src_weight.unsqueeze(-1)

@@ -33,7 +33,7 @@ class Reduction:
              None is the method's own choice (`default_layers`)
 
     needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
-             "tower" (the vision encoder that made them)
+             "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once)
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
@@ -76,6 +76,18 @@ class Reduction:
     def needs_at(self, layer: int, depth: int) -> tuple[str, ...]:
         """What the site must have at this layer, for methods that do not do the same at all; `needs`."""
         return self.needs
+
+    def restores(self, layer: int, depth: int) -> bool:
+        """Whether all tokens are back in what enters this layer ("layer" scope), those that were dropped before it with
+        the values that they had then."""
+        return False
+
+    def prepare(self, site: Site) -> Tensor:
+        """[B N] what a method that needs "prepared" computes once, from what enters layer 0 (the site's `hidden`).
+
+        Later sites have it as `prepared`, at the rows that are left there.
+        """
+        raise NotImplementedError
 
     def removed(self, place: Place) -> Any:
         """How many tokens disappear at this place; 0 leaves the site alone. Numbers only: called before tracing."""

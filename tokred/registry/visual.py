@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokred.errors import ArgumentError
 from tokred.registry.maps import TokenMap
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place, Site
 
-__all__ = ["VisualCut"]
+__all__ = ["Staircase", "VisualCut"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class VisualCut(Reduction):
     sees exactly what it would see if the others were masked out as keys from this layer on.
     """
 
-    needs = ("visual", "queries")
+    needs: ClassVar[tuple[str, ...]] = ("visual", "queries")
     scope = "layer"
     causal_safe = True
 
@@ -38,4 +39,63 @@ class VisualCut(Reduction):
         return place.free - min(self.left(place), place.free)
 
     def plan(self, site: Site) -> TokenMap:
-        return site.keep_top(self.score(site), min(self.left(site), site.free))
+        count = min(self.left(site), site.free)
+        return site.keep_top(self.score(site) if count else site.members(), count)
+
+
+@dataclass(frozen=True)
+class Staircase(VisualCut):
+    """A share of the first number of visual tokens is left from each of a few layers on.
+
+    keep     those shares, rounded to tokens; one number is the same as a list of it
+    layers   the layers, ascending, as many as `keep` has; None spreads the method's own (`paper`, of a model with
+             `paper_depth` layers) over the model
+    """
+
+    keep: list[float] | tuple[float, ...] | float = 1.0
+
+    paper: ClassVar[tuple[int, ...]] = ()
+    paper_depth: ClassVar[int] = 32
+    earliest: ClassVar[int] = 1  # scores come from the layer before
+
+    def __post_init__(self) -> None:
+        numbers = all(type(share) in (int, float) and 0 <= share <= 1 for share in self.shares)
+        if not self.shares or not numbers or not self.descends(list(self.shares)):
+            raise ArgumentError(f"{self.name}(keep={self.keep!r}): {self.wanted}")
+        if self.layers is None and len(self.shares) > len(self.paper):
+            raise ArgumentError(f"{self.name}(keep={self.keep!r}): say in which layers; there are {len(self.paper)}")
+        if self.layers is not None:
+            given = list(self.layers) if isinstance(self.layers, (list, tuple)) else [self.layers]
+            ints = all(type(layer) is int and layer >= 0 for layer in given)
+            if not ints or sorted(set(given)) != given or len(given) != len(self.shares):
+                shown = f"{self.name}(keep={self.keep!r}, layers={self.layers!r})"
+                raise ArgumentError(f"{shown}: as many layers as keep has fractions, ascending from 0")
+
+    wanted: ClassVar[str] = "fractions in [0, 1] that do not grow from cut to cut"
+
+    def descends(self, shares: list[float]) -> bool:
+        """Whether the shares are as the method wants them, which else raises what `wanted` says."""
+        return shares == sorted(shares, reverse=True)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """`keep`, one number a cut."""
+        return (self.keep,) if isinstance(self.keep, (int, float)) else tuple(self.keep)
+
+    def steps(self, depth: int) -> list[int]:
+        """The layer of each share; in a model with few layers several may meet, and the last counts."""
+        if self.layers is not None:
+            return list(self.layers) if isinstance(self.layers, (list, tuple)) else [int(self.layers)]
+        spread = [round(layer * depth / self.paper_depth) for layer in self.paper[: len(self.shares)]]
+        return [min(max(layer, self.earliest), depth - 1) for layer in spread]
+
+    def default_layers(self, depth: int) -> list[int]:
+        return sorted(set(self.steps(depth)))
+
+    def share(self, layer: int, depth: int) -> float:
+        """The share of the visual tokens that this layer runs on."""
+        reached = [share for step, share in zip(self.steps(depth), self.shares, strict=True) if step <= layer]
+        return reached[-1] if reached else 1.0
+
+    def left(self, place: Place) -> Any:
+        return round(self.share(place.layer, place.depth) * place.whole)

@@ -108,4 +108,5 @@ def make_site(
         mask=mask,
         inside=inside,
         tower=tower,
+        prepared=torch.rand(batch, tokens, generator=generator, dtype=torch.float64).to(wide),
     )
