@@ -19,6 +19,9 @@ METHODS: dict[str, oracle.Selection] = {
     "adaptinfer(keep=[0.5, 0.25], layers=[1, 3])": oracle.adaptinfer([1, 3], [0.5, 0.25]),
     "sparsevlm(keep=[0.5, 0.25], layers=[1, 3])": oracle.sparsevlm([1, 3], [0.5, 0.25]),
     "hidrop(keep=[0.5, 0.25, 0], layers=[1, 2, 4])": oracle.hidrop([1, 2, 4], [0.5, 0.25, 0]),
+    "todre(keep=0.4)": oracle.todre(0.4, exit_layer=4),
+    "zoo_prune(keep=0.4)": oracle.zoo_prune(0.4),
+    "catp(keep=0.4)": oracle.catp(0.4, 0.7),
 }
 
 
@@ -121,14 +124,18 @@ def test_generation_goes_on_behind_late_injection() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "llava", "internvl"])
-def test_generation_goes_on_behind_a_pruned_prefill(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [(name, "fastv(layer=2, keep=0.5)") for name in ("llama", "qwen3", "gemma3", "llava", "internvl")]
+    + [(name, "todre(keep=0.4)") for name in ("llama", "llava")],  # no layer is whole, the last has no visual tokens
+)
+def test_generation_goes_on_behind_a_pruned_prefill(name: str, recipe: str) -> None:
     inputs = prompts(4, model=name)
     plain = reference(name)
-    dropped = oracle.fastv(2, 0.5)(plain, inputs, visual(name, inputs))
+    dropped = METHODS[recipe](plain, inputs, visual(name, inputs))
     wanted = oracle.generate(plain, inputs, dropped, 32)
     tokred.reset()
-    model = tokred.compile(build(name), "fastv(layer=2, keep=0.5)", **options(name))
+    model = tokred.compile(build(name), recipe, **options(name))
     given = {key: value for key, value in inputs.items() if key != "position_ids"}
     new = model.generate(**given, do_sample=False, max_new_tokens=32, suppress_tokens=[IMAGE])[:, LENGTH:]
     assert new.tolist() == wanted.tolist()

@@ -236,16 +236,17 @@ class Site(Place):
         """Keep the `count` unprotected rows with the largest score [B N], in their order, and all protected ones."""
         if self.valid is not None:  # padding goes first
             score = score.masked_fill(~self.valid, -torch.inf)
-        if self.inside is not None:
-            return self.keep(score.gather(1, self.candidates()).topk(count, dim=1).indices)
-        return self.keep(score[:, self.head : self.tokens - self.tail].topk(count, dim=1).indices)
+        score = (
+            score[:, self.head : self.tokens - self.tail] if self.inside is None else score.gather(1, self.candidates())
+        )
+        return self.keep_candidates(score.topk(count, dim=1).indices)
 
-    def keep(self, chosen: Tensor) -> Keep:
-        """Keep those unprotected tokens [B K'] (numbers among the unprotected) in their order, and all protected."""
+    def keep_candidates(self, chosen: Tensor) -> Keep:
+        """Keep, in row order, the protected rows and those that `chosen` [B K] numbers among `candidates()`."""
         kept, gone = partition(chosen, self.free)
-        if self.inside is None:
-            return Keep(self.with_protected(kept + self.head))
-        return Keep(partition(self.candidates().gather(1, gone), self.tokens)[1])
+        if self.inside is not None:
+            return Keep(partition(self.candidates().gather(1, gone), self.tokens)[1])
+        return Keep(self.with_protected(kept + self.head))
 
     def with_protected(self, rows: Tensor) -> Tensor:
         """[B K'] row numbers of unprotected tokens -> [B K] with the head in front and the tail behind."""

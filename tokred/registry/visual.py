@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokred.errors import ArgumentError
-from tokred.registry.maps import TokenMap
-from tokred.registry.method import Reduction
+from tokred.registry.maps import TokenMap, rows
+from tokred.registry.method import Reduction, check_int, keep_fraction
 from tokred.registry.site import Place, Site
 
-__all__ = ["Staircase", "VisualCut"]
+__all__ = ["DiverseCut", "Staircase", "VisualCut"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,46 @@ class Staircase(VisualCut):
 
     def left(self, place: Place) -> Any:
         return round(self.share(place.layer, place.depth) * place.whole)
+
+
+@dataclass(frozen=True)
+class DiverseCut(VisualCut):
+    """Keep visual tokens that differ from each other, chosen one by one among what enters a layer.
+
+    layer         the first layer that runs on fewer tokens, from 0; 0
+    keep, ratio   fraction of the visual tokens kept or removed; kept are the nearest whole number, and at least one
+    """
+
+    layer: int = 0
+    keep: float | None = None
+    ratio: float | None = None
+
+    default_keep: ClassVar[float] = 0.1
+
+    needs = ("visual",)
+    probe = "next"  # no attention is looked at, so layer 0 will do
+
+    def __post_init__(self) -> None:
+        check_int(self.name, "layer", self.layer, 0)
+        keep_fraction(self.name, self.keep, self.ratio, self.default_keep)
+
+    @property
+    def kept(self) -> float:
+        """The fraction kept, however it was given."""
+        return keep_fraction(self.name, self.keep, self.ratio, self.default_keep)
+
+    def default_layers(self, depth: int) -> list[int]:
+        return [self.layer]
+
+    def left(self, place: Place) -> Any:
+        return max(round(self.kept * place.free), 1)
+
+    def choose(self, site: Site, tokens: Tensor, among: Tensor | None, count: Any) -> Tensor:
+        """[B count] which of the visual tokens [B V C] stay; `among` [B V] is False for padding."""
+        raise NotImplementedError
+
+    def plan(self, site: Site) -> TokenMap:
+        places = site.candidates()
+        among = None if site.valid is None else site.valid.expand(site.batch, -1).gather(1, places)
+        count = min(self.left(site), site.free)
+        return site.keep_candidates(self.choose(site, rows(site.hidden, places), among, count))

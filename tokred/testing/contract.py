@@ -99,9 +99,9 @@ def as_double(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def idle(method: Reduction) -> Reduction:
-    """The same method with options that remove nothing: `r=0`, `ratio=0` or `keep=1`, whichever it has."""
+    """The same method with options that remove nothing: `r=0`, `ratio=0` or `keep=1`, whichever it has; no `exit`."""
     names = {field.name for field in fields(method)}
-    options: dict[str, Any] = {name: None for name in ("keep", "grid") if name in names}
+    options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit") if name in names}
     for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0)):
         if name in names:
             return replace(method, **options | {name: value})

@@ -59,7 +59,7 @@ class VisionZip(VisualCut):
     def plan(self, site: Site) -> TokenMap:
         dominant, targets, _ = self.choose(site)
         kept, _ = partition(torch.cat([dominant, targets], 1), site.free)
-        return site.keep(kept)
+        return site.keep_candidates(kept)
 
     def revise(self, site: Site, token_map: TokenMap) -> Tensor:
         tower = site.tower
