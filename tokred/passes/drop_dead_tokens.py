@@ -7,7 +7,9 @@ with the rows that nobody reads left out. The same numbers, less work.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -27,8 +29,15 @@ aten = torch.ops.aten
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
-Demand = tuple[int, int]  # rows read at the front and at the back
 WORTH = {torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.aten.matmul.default, SDPA}
+
+
+class Demand(NamedTuple):
+    """Rows read at the front and at the back of a dimension, or of each of `outer` blocks of rows: [outer*N]."""
+
+    head: int
+    tail: int
+    outer: int = 1
 
 
 def drop_dead_tokens(gm: fx.GraphModule, log: list[str]) -> fx.GraphModule:
@@ -42,16 +51,17 @@ def drop_dead_tokens(gm: fx.GraphModule, log: list[str]) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node in demands:
             for dim, demand in demands[node].items():
-                _narrow(lift, node, dim, demand, axes, stages)
+                if demand.outer == 1:
+                    _narrow(lift, node, dim, demand, axes, stages)
         lift.visit(node)
     if lift.restored:
         where = next(iter(lift.restored))
         raise ValueError(f"{where.name} needs the rows that nobody reads: {lift.restored[where][0]}")
     for node, wanted in demands.items():
-        if node.target in WORTH:
-            (head, tail), *_ = wanted.values()
-            log.append(f"{node.name}: {head + tail} of its rows are read ({source_line(node)})")
-    return lift.finish(full=True)
+        if node.target in WORTH and lift.env[node].staged:
+            demand, *_ = wanted.values()
+            log.append(f"{node.name}: {demand.head + demand.tail} of its rows are read ({source_line(node)})")
+    return lift.finish(full=True) if log else gm
 
 
 def _demands(gm: fx.GraphModule) -> dict[fx.Node, dict[int, Demand]]:
@@ -63,62 +73,86 @@ def _demands(gm: fx.GraphModule) -> dict[fx.Node, dict[int, Demand]]:
             continue
         wanted: dict[int, Demand] = {}
         for dim, size in enumerate(meta.shape):
-            reads = [_read(user, node, dim, demands) for user in node.users]
-            if any(read is None for read in reads):
-                continue
-            head, tail = max(r[0] for r in reads if r), max(r[1] for r in reads if r)
-            if isinstance(size, int) and 0 < 2 * (head + tail) <= size:
-                wanted[dim] = (head, tail)
+            demand = _together(_read(user, node, dim, demands) for user in node.users)
+            if demand and isinstance(size, int) and 0 < 2 * (demand.head + demand.tail) * demand.outer <= size:
+                wanted[dim] = demand
         if len(wanted) == 1:
             demands[node] = wanted
     return demands
 
 
+def _together(reads: Iterable[Demand | None]) -> Demand | None:
+    """What several readers read between them: None where one of them reads all, or they count rows differently."""
+    head = tail = outer = 0
+    for read in reads:
+        if read is None or (outer and read.outer != outer and read.head + read.tail):
+            return None
+        if read.head + read.tail:
+            head, tail, outer = max(head, read.head), max(tail, read.tail), read.outer
+    return Demand(head, tail, outer or 1)
+
+
 def _read(user: fx.Node, node: fx.Node, dim: int, demands: dict[fx.Node, dict[int, Demand]]) -> Demand | None:
     """Which rows of `node` along `dim` this user reads, None for all."""
-    if user.op != "call_function" or isinstance(user.meta.get("val"), (list, tuple)):
+    if user.op != "call_function":
         return None
     op = Op(user)
     flow = flow_of(op)
     slots = [Slot(name, i, dim) for name, i, arg in op.tensors() if arg is node]
     if flow is None or not slots:
         return None
-    wanted = demands.get(user, {})
-    head = tail = 0
-    for slot in slots:
-        read = _read_slot(op, flow, slot, wanted)
-        if read is None:
-            return None
-        head, tail = max(head, read[0]), max(tail, read[1])
-    return head, tail
+    wanted = [[demands.get(user, {})]]
+    if isinstance(user.meta.get("val"), (list, tuple)):  # what is read of each result is read through its getitems
+        wanted = [[demands.get(u, {}) for u in user.users if u.args[1] == i] for i in range(len(op.results))]
+    return _together(_read_slot(op, flow, slot, wanted) for slot in slots)
 
 
-def _read_slot(op: Op, flow: Any, slot: Slot, wanted: dict[int, Demand]) -> Demand | None:
+def _read_slot(op: Op, flow: Any, slot: Slot, wanted: list[list[dict[int, Demand]]]) -> Demand | None:
+    """`wanted`: for each result what each of its readers reads."""
     size = op.shape(slot.name, slot.index)[slot.dim]
+    reads: list[Demand | None] = []
     for relation in flow:
         if isinstance(relation, Link) and slot in relation.ins:
-            if relation.kind is not Kind.EACH:
+            if relation.kind is not Kind.EACH or len(relation.outs) != 1:
                 return None
-            found = [wanted.get(dim) for _, dim in relation.outs]
-            if len(found) != 1 or (
-                op.target is SDPA and op["is_causal"] and found[0] is not None and not _causal_ends(found[0])
-            ):
+            (result, dim), *_ = relation.outs
+            found = [each.get(dim) for each in wanted[result]]
+            if op.target is SDPA and op["is_causal"] and found[0] is not None and not _causal_ends(found[0]):
                 return None
-            return found[0]
-        if isinstance(relation, Window) and relation.source == slot:
+            reads += found
+        elif isinstance(relation, Window) and relation.source == slot:
             if not isinstance(relation.start, int) or not isinstance(relation.stop, int) or not isinstance(size, int):
                 return None
             at_front, at_back = relation.stop, size - relation.start
-            return (at_front, 0) if at_front <= at_back else (0, at_back)
-        if isinstance(relation, Reshape) and relation.name == slot.name:
-            place = _through_view(op, relation.name, slot.dim)
-            return None if place is None else wanted.get(place)
-    return None
+            reads.append(Demand(at_front, 0) if at_front <= at_back else Demand(0, at_back))
+        elif isinstance(relation, Reshape) and relation.name == slot.name:
+            reads.append(_before_view(op, relation.name, slot.dim, wanted[0][0]))
+    return _together(reads) if reads else None
 
 
 def _causal_ends(demand: Demand) -> bool:
     """The first queries keep the causal mask as it is; the last query alone sees every key and needs none."""
-    return demand[1] == 0 or demand == (0, 1)
+    return demand.tail == 0 or (demand.head, demand.tail) == (0, 1)
+
+
+def _before_view(op: Op, name: str, dim: int, wanted: dict[int, Demand]) -> Demand | None:
+    """What is read along an input dimension of a view: [B N] -> [B*N] and back, or a dimension that stays."""
+    shape = op.shape(name)
+    split = refine(list(shape), op.out_shape(), [True] * len(shape)) or []
+    holders = [place for place, factors in enumerate(split) if any(factor == dim for factor, _ in factors)]
+    demand = wanted.get(holders[-1]) if holders else None
+    if demand is None:
+        return None
+    sizes = [size for place in holders for _, size in split[place]]
+    if not all(isinstance(size, int) for size in sizes) or split[holders[-1]][-1][0] != dim:
+        return None
+    *before, _ = sizes
+    if len(holders) == 1:  # this dimension is the last factor of one that others may lead
+        outer, rest = divmod(demand.outer, math.prod(before))
+        return None if rest or not same(sizes[-1], shape[dim]) else Demand(demand.head, demand.tail, outer)
+    if any(len(split[place]) > 1 for place in holders) or demand.outer > 1:
+        return None
+    return Demand(demand.head, demand.tail, math.prod(before))
 
 
 def _through_view(op: Op, name: str, dim: int) -> int | None:
@@ -147,8 +181,8 @@ def _narrow(lift: Lift, node: fx.Node, dim: int, demand: Demand, axes: Axes, sta
     key = tuple(id(atom) for atom in axes.of(source)[slot.dim])
     length = value.shape[slot.dim]
     if key not in stages:
-        ends = Ends(demand[0], demand[1])
-        stages[key] = Stage(sum(demand), Stage(length), ends, head=demand[0], tail=demand[1])
+        head, tail = demand.head, demand.tail
+        stages[key] = Stage(head + tail, Stage(length), Ends(head, tail), head=head, tail=tail)
     stage = stages[key]
     head, tail, d = stage.map.head, stage.map.tail, slot.dim
 
