@@ -74,6 +74,8 @@ def _demands(gm: fx.GraphModule) -> dict[fx.Node, dict[int, Demand]]:
         wanted: dict[int, Demand] = {}
         for dim, size in enumerate(meta.shape):
             demand = _together(_read(user, node, dim, demands) for user in node.users)
+            if demand and node.target is SDPA and Op(node)["is_causal"] and not _causal_ends(demand):
+                continue
             if demand and isinstance(size, int) and 0 < 2 * (demand.head + demand.tail) * demand.outer <= size:
                 wanted[dim] = demand
         if len(wanted) == 1:
@@ -117,8 +119,6 @@ def _read_slot(op: Op, flow: Any, slot: Slot, wanted: list[list[dict[int, Demand
                 return None
             (result, dim), *_ = relation.outs
             found = [each.get(dim) for each in wanted[result]]
-            if op.target is SDPA and op["is_causal"] and found[0] is not None and not _causal_ends(found[0]):
-                return None
             reads += found
         elif isinstance(relation, Window) and relation.source == slot:
             if not isinstance(relation.start, int) or not isinstance(relation.stop, int) or not isinstance(size, int):
