@@ -49,6 +49,7 @@ class Result:
     r: int
     dtype: str
     machine: dict[str, str]
+    recipe: str = ""  # what is measured, where it is not tome(r)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     first_call: dict[str, float] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
@@ -59,10 +60,14 @@ class Result:
         return median(slow / fast for slow, fast in pairs)
 
     def to_json(self) -> dict[str, Any]:
-        names = [name for name in VARIANTS if name in self.seconds]
+        names = list(self.seconds)
         ratios = {n: {b: self.speedup(n, b) for b in BASES if b in self.seconds} for n in names}
         medians = {name: median(self.seconds[name]) for name in names}
-        return {**self.__dict__, "median": medians, "speedup": ratios}
+        return {**self.__dict__, "median": medians, "speedup": ratios, "selection": self.selection()}
+
+    def selection(self) -> float | None:
+        """The part of `method` that it takes beyond `free`, which chooses for nothing."""
+        return 1 - 1 / self.speedup("free", "method") if {"free", "method"} <= set(self.seconds) else None
 
 
 def inductor(model: nn.Module) -> Forward:
@@ -118,7 +123,10 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-def warm_up(made: dict[str, Forward], x: Tensor, result: Result) -> None:
+REFERENCE = {"inductor": "eager", "exact": "eager", "tome": "handwritten", "default": "handwritten"}
+
+
+def warm_up(made: dict[str, Forward], x: Tensor, result: Result, reference: dict[str, str], dtype: torch.dtype) -> None:
     """Compile each variant, and compare what it gives in the measured precision with its reference."""
     answers: dict[str, Tensor] = {}
     for name, model in list(made.items()):
@@ -126,11 +134,10 @@ def warm_up(made: dict[str, Forward], x: Tensor, result: Result) -> None:
         answers[name] = model(x)
         result.first_call[name] = time.perf_counter() - start
         model(x)
-    reference = {"inductor": "eager", "exact": "eager", "tome": "handwritten", "default": "handwritten"}
     for name, other in reference.items():
         if name in answers and other in answers:
             result.checks[f"{name} ~ {other} ({result.dtype})"] = relative(answers[name], answers[other])
-            if other == "eager" and relative(answers[name], answers[other]) > TOLERANCE[x.dtype]:
+            if other == "eager" and relative(answers[name], answers[other]) > TOLERANCE[dtype]:
                 raise SystemExit(f"{name} differs from {other} by {relative(answers[name], answers[other]):.1e}")
 
 
@@ -150,7 +157,7 @@ def compare(name: str, batch: int, r: int, dtype: torch.dtype, rounds: int, want
         validate(name, r, result, wanted)
         model, x = build(name).to(dtype), pixels(name, batch, dtype)
         made = {variant: make() for variant, make in variants(name, model, r).items() if variant in wanted}
-        warm_up(made, x, result)
+        warm_up(made, x, result, REFERENCE, dtype)
         measure(made, x, rounds, result)
     return result
 
@@ -165,6 +172,15 @@ def table(result: Result) -> str:
         lines.append(f"{name:12s}{middle:9.1f}{f'{low:.1f} .. {high:.1f}':>18s}{speedups}")
     lines += [f"{check}: {worst:.1e}" for check, worst in result.checks.items()]
     return "\n".join(lines)
+
+
+def report(result: Result, target: Path | None) -> None:
+    """Print a result, and write all of it to a file where one is given."""
+    print(table(result))
+    print(", ".join(f"{key} {value}" for key, value in result.machine.items()))
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result.to_json(), indent=1))
 
 
 def main(arguments: list[str] | None = None) -> Result:
@@ -182,11 +198,7 @@ def main(arguments: list[str] | None = None) -> Result:
         f"{options.model}, batch {options.batch}, r={options.r}, {options.dtype}, {options.rounds} rounds", flush=True
     )
     result = compare(options.model, options.batch, options.r, dtype, options.rounds, options.variants)
-    print(table(result))
-    print(", ".join(f"{key} {value}" for key, value in result.machine.items()))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result.to_json(), indent=1))
+    report(result, options.json)
     return result
 
 

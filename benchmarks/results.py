@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tokred
+
 HERE = Path(__file__).parent
 FOLDER = HERE / "results"
 
@@ -24,6 +26,18 @@ CONFIGURATIONS = {
     "deit_small_b8_r13_bfloat16": ["--model", "deit_small", "--batch", "8", "--r", "13", "--dtype", "bfloat16"],
     "deit_small_b1_r13": ["--model", "deit_small", "--batch", "1", "--r", "13"],
 }
+FASTV, TODRE = "fastv(layer=2, keep=0.5)", "todre(keep=0.1)"
+DECODERS = {
+    "decoder_fastv": ["--recipe", FASTV],
+    "decoder_fastv_b4": ["--recipe", FASTV, "--batch", "4"],
+    "decoder_fastv_bfloat16": ["--recipe", FASTV, "--dtype", "bfloat16"],
+    "decoder_pyramiddrop": ["--recipe", "pyramiddrop()"],
+    "decoder_pyramiddrop_bfloat16": ["--recipe", "pyramiddrop()", "--dtype", "bfloat16"],
+    "decoder_todre": ["--recipe", TODRE],
+    "decoder_todre_bfloat16": ["--recipe", TODRE, "--dtype", "bfloat16"],
+    "decoder_last_logits": ["--layers", "12"],
+    "decoder_last_logits_whole": ["--layers", "12", "--whole"],
+}
 COMPILE_TIME = "compile_time"
 
 INTRODUCTION = """\
@@ -34,7 +48,19 @@ medians, ratios are medians of the quotients within a round: above 1 means faste
 hand-written model with the same token counts whose reduction is a slice; `handwritten` is a hand-written ToMe; both run
 under `backend="inductor"`. `exact` is `backend="tokred"` without a recipe, `tome` is `tome(r)` with `exact=False`,
 `default` is `tome(r)` with the default options.
+
+Of decoders (`benchmarks/decoder.py`): `ideal` is the model's own layers with the recipe's token counts and a slice for
+a cut, `free` the recipe without its choice (the first rows stay), `method` the recipe with `exact=False`, `default`
+the recipe with the default options. What choosing costs is what `method` takes beyond `free`.
 """
+
+
+def decoders() -> dict[str, list[str]]:
+    """Those whose method is registered."""
+    known = tokred.methods()
+    return {
+        name: given for name, given in DECODERS.items() if given[0] != "--recipe" or given[1].split("(")[0] in known
+    }
 
 
 def run(name: str, rounds: int) -> str | None:
@@ -43,7 +69,8 @@ def run(name: str, rounds: int) -> str | None:
     if name == COMPILE_TIME:
         command = [sys.executable, "-m", "benchmarks.compile_time", *target]
     else:
-        command = [sys.executable, "-m", "benchmarks.compare", *CONFIGURATIONS[name], "--rounds", str(rounds), *target]
+        module, given = ("compare", CONFIGURATIONS) if name in CONFIGURATIONS else ("decoder", DECODERS)
+        command = [sys.executable, "-m", f"benchmarks.{module}", *given[name], "--rounds", str(rounds), *target]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)  # what it prints shows at once
     return None if done.returncode == 0 else done.stderr[-2000:]
@@ -51,7 +78,7 @@ def run(name: str, rounds: int) -> str | None:
 
 def render() -> str:
     sections = [INTRODUCTION]
-    for name in CONFIGURATIONS:
+    for name in CONFIGURATIONS | decoders():
         path = FOLDER / f"{name}.json"
         title = f"## {name}\n\n"
         sections.append(title + (comparison(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"))
@@ -70,7 +97,10 @@ def comparison(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {1e3 * result['median'][name]:.1f} | {result['first_call'][name]:.1f} |{cells}")
     checks = [f"- {check}: {worst:.1e}" for check, worst in result["checks"].items()]
     rounds = len(next(iter(result["seconds"].values())))
-    setting = f"{result['model']}, batch {result['batch']}, r={result['r']}, {result['dtype']}, {rounds} rounds."
+    what = result.get("recipe") or f"r={result['r']}"
+    setting = f"{result['model']}, batch {result['batch']}, {what}, {result['dtype']}, {rounds} rounds."
+    if result.get("selection") is not None:
+        setting += f" Choosing takes {100 * result['selection']:.1f} % of the prefill."
     return "\n".join(
         [setting, "", *lines, "", "Checked first (relative to the largest logit):", "", *checks, "", header(result)]
     )
@@ -95,7 +125,7 @@ def header(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = [*CONFIGURATIONS, COMPILE_TIME]
+    names = [*CONFIGURATIONS, *decoders(), COMPILE_TIME]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", nargs="+", choices=[*names, "all"], default=[])
     parser.add_argument("--rounds", type=int, default=21)

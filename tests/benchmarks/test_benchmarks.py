@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, handwritten, results
+from benchmarks import compare, decoder, handwritten, results
 from benchmarks.models import MODELS, build, pixels, rebuild
 from tests.reference.timm_vit import timm_vit
 from tests.reference.tome import ToMe
@@ -70,3 +70,29 @@ def test_a_wrong_handwritten_model_is_never_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(handwritten, "removable", lambda r, n: r + 1)
     with pytest.raises(SystemExit, match=r"handwritten ToMe == oracle.*nothing was timed"):
         compare.main(["--model", "tiny", "--r", "3", "--rounds", "1", "--variants", "eager"])
+
+
+SMALL = ["--layers", "4", "--width", "64", "--length", "64", "--rounds", "2", "--variants", "eager"]
+
+
+@pytest.mark.slow
+def test_a_decoder_s_ideal_has_the_counts_and_the_numbers_of_free_selection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out.json"
+    decoder.main([*SMALL, "--recipe", "pyramiddrop()", "--json", str(target)])
+    written = json.loads(target.read_text())
+    assert written["checks"]["ideal == free"] < 1e-9
+    assert "llama, 4 layers, batch 1, pyramiddrop(), float32, 2 rounds." in results.comparison(written)
+
+    monkeypatch.setattr(decoder, "cuts_of", lambda *_: {1: 35, 2: 19, 3: 13})  # 20, not 19, enter layer 2
+    with pytest.raises(SystemExit, match=r"ideal == free.*nothing was timed"):
+        decoder.main([*SMALL, "--recipe", "pyramiddrop()"])
+
+
+def test_choosing_is_what_the_method_takes_beyond_free_selection() -> None:
+    result = compare.Result("llama", 1, 0, "float32", {})
+    result.seconds = {"free": [3.0, 30.0, 3.0], "method": [4.0, 40.0, 4.0]}
+    assert result.selection() == pytest.approx(0.25)
+    result.seconds.pop("free")
+    assert result.selection() is None
