@@ -58,9 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     methods.set_defaults(run=_methods)
 
     demo = commands.add_parser("demo", help="accuracy against speed of every method, on handwritten digits")
+    which = "one digit an image and a ViT (the default), or mosaics of them, questions in words and a LLaVA"
+    demo.add_argument("which", nargs="?", choices=("digits", "mosaic"), default="digits", help=which)
     demo.add_argument("--rounds", type=_positive, default=None, help="timed calls for each recipe")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where the results go (./out)")
-    demo.add_argument("--quick", action="store_true", help="one compiled recipe for each method")
+    demo.add_argument("--quick", action="store_true", help="one recipe for each method")
+    demo.add_argument("--speed", action="store_true", help="mosaic: time each recipe as well, a minute or two for each")
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="time a recipe against eager and against backend='inductor'")
@@ -127,9 +130,17 @@ def _methods(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    options = {"out": args.out, "rounds": args.rounds, "quick": args.quick}
+    if args.which == "mosaic":
+        from tokred.demo.mosaic import table
+
+        needed = "tokred.demo.mosaic.model:load"
+        _attribute(_import("transformers", needed), "LlavaForConditionalGeneration", needed)
+        table.run_demo(_console(), **options, speed=args.speed)
+        return
     from tokred.demo.run import run_demo
 
-    run_demo(_console(), out=args.out, rounds=args.rounds, quick=args.quick)
+    run_demo(_console(), **options)
 
 
 def _bench(args: argparse.Namespace) -> None:
