@@ -32,7 +32,7 @@ from tokred.compiler.staging import (
 )
 from tokred.compiler.weights import weigh_attention, weigh_softmax, weighted_mean
 
-__all__ = ["Lift", "ShapeMismatch"]
+__all__ = ["VIEWS", "Lift", "ShapeMismatch", "by_schema"]
 
 aten = torch.ops.aten
 
@@ -188,7 +188,7 @@ class Lift:
             target, arguments = aten.reshape.default, {"self": arguments["self"], "shape": self._shape(op, outs[0])}
         elif target in (aten.expand.default, aten.broadcast_to.default) and outs[0]:
             arguments["size"] = [-1 if d in outs[0] else s for d, s in enumerate(arguments["size"])]
-        args, kwargs = _by_schema(target, arguments)
+        args, kwargs = by_schema(target, arguments)
         new = self.graph.call_function(target, args, kwargs)
         new.meta = {k: v for k, v in op.node.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
         fakes = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -292,7 +292,8 @@ def _head(stage: Stage) -> int:
     return min((s.head for s in stage.chain[1:]), default=0)
 
 
-def _by_schema(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def by_schema(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by their schema's names, as an overload is called with them."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for argument in target._schema.arguments:

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -17,10 +18,14 @@ from tokred.compiler.caches import delivering
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
 from tokred.compiler.options import Options
+from tokred.compiler.padded import lower_padded
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
 from tokred.errors import StrictError, TokredError
+
+if TYPE_CHECKING:
+    from tokred.passes.pack_tokens import Packing
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
@@ -38,6 +43,7 @@ class Compiled:
     changed: bool = False
     applied: list[Any] = field(default_factory=list)  # the sites that acted, in order
     caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
+    packing: Packing | None = None  # the same graph for a batch with padding
 
 
 def compile_graph(
@@ -47,12 +53,17 @@ def compile_graph(
     stages: list[tuple[str, fx.GraphModule]] = []
 
     def keep(stage: str, graph: fx.GraphModule) -> None:
-        stages.append((stage, graph))
+        if stage != "pack_tokens":  # it takes more inputs; the compiled graph, which calls it, is compared
+            stages.append((stage, graph))
         observe(stage, graph)
 
     done = transform(gm, example_inputs, options, keep if options.verify else observe)
     graph = done.graph if done.changed else gm
-    compiled = lower(graph, example_inputs, options.lower, mode=options.mode, patches=options.inductor)
+    into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
+    if done.packing is None:
+        compiled = into(graph, example_inputs)
+    else:
+        compiled = lower_padded(graph, example_inputs, done.packing, into)
     if options.verify:
         compiled = verified(compiled, stages, done.report)
     return (delivering(compiled, done.caches) if done.caches else compiled), done.report
@@ -116,8 +127,35 @@ def _transform(
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report)
+    packing = _pack(graph, options, report)
+    if packing is not None:
+        observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
-    return Compiled(graph, report, changed=graph is not captured, applied=applied, caches=reduced.caches)
+    return Compiled(graph, report, graph is not captured, applied, reduced.caches, packing)
+
+
+def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packing | None:
+    """A second graph beside the first: which of them runs is known when the data are."""
+    from tokred.passes.pack_tokens import pack_tokens
+
+    if not options.exact:
+        return None
+    started = time.perf_counter()
+    entry = PassReport("pack_tokens", True, 0, 0.0)
+    report.passes.append(entry)
+    try:
+        found = pack_tokens(graph, options)
+    except Exception as error:
+        text = str(error).splitlines()
+        found = Refusal("pass-raised", f"{type(error).__name__}: {text[0] if text else ''}", "pack_tokens")
+        log.warning("pass pack_tokens was left out: %s", found.reason)
+    entry.seconds = time.perf_counter() - started
+    if isinstance(found, Refusal):
+        entry.refusals.append(found)
+        return None
+    if found is not None:
+        entry.changes, entry.lines = found.blocks, [str(found)]
+    return found
 
 
 def _plugins(
