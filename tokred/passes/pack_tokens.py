@@ -33,7 +33,7 @@ from tokred.compiler.relations import Kind, Link, Op, Reshape, Window, flow_of, 
 from tokred.compiler.report import Refusal
 from tokred.compiler.residual import residual_of
 from tokred.compiler.staging import Batch, Factor, Layout, Obstacle, Plain, Rows, Stage, advance, extent, rows_of
-from tokred.compiler.work import flops, moved, sizes_now
+from tokred.compiler.work import flops, hint, moved, sizes_now
 from tokred.passes.constants import CASTS
 from tokred.passes.graph_edit import keep_output_strides
 from tokred.passes.indices import PERMUTES
@@ -81,6 +81,7 @@ class Value:
     packed: fx.Node | None = None
     clean: bool = True
     layout: Layout = field(default_factory=dict)
+    shape: tuple[Any, ...] = ()  # with all rows
     starts: bool = False
     shown: tuple[fx.Node, int, int, bool] | None = None
 
@@ -140,7 +141,7 @@ def _beginnings(block: Attention, batch: Dim, tokens: Dim, axes: Axes) -> Iterat
     starts, seen, queue = set(), {block.query}, [block.query]
     while queue:
         node = queue.pop()
-        above = [n for n in node.all_input_nodes if _has_features(n, batch, tokens, axes)]
+        above = [n for n in _operands(node) if _has_features(n, batch, tokens, axes)]
         if not above:
             starts.add(node)
         queue += [n for n in above if n not in seen]
@@ -149,6 +150,15 @@ def _beginnings(block: Attention, batch: Dim, tokens: Dim, axes: Axes) -> Iterat
     stream = residual_of(block.join) if block.join is not None else None
     if stream is not None and _has_features(stream, batch, tokens, axes) and {stream} != starts:
         yield {stream}
+
+
+def _operands(node: fx.Node) -> Iterator[fx.Node]:
+    """What a node is computed from, where one part of several results is taken as one step."""
+    for source in node.all_input_nodes:
+        if isinstance(source.meta.get("val"), (tuple, list)):
+            yield from _operands(source)
+        else:
+            yield source
 
 
 def _has_features(node: fx.Node, batch: Dim, tokens: Dim, axes: Axes) -> bool:
@@ -364,7 +374,8 @@ class _Pack:
             if len(place) == 2 and isinstance(node, fx.Node) and not self.env[node].rows:
                 missing = len(op.out_shape()) - node.meta["val"].dim()
                 batch_dim, token_dim = (max(place[kind] - missing, -1) for kind in (Batch, Rows))
-                return node, batch_dim, token_dim, by
+                if token_dim >= 0:
+                    return node, batch_dim, token_dim, by
         return None
 
     def _call(self, op: Op, nodes: dict[tuple[str, int], fx.Node], outs: list[Layout]) -> Any:
@@ -384,8 +395,11 @@ class _Pack:
             if len(shape) != result.dim() or not all(same(a, b) for a, b in zip(shape, result.shape, strict=True)):
                 return None
         if not several:
-            return Value(op.node, packed=new, clean=False, layout=outs[0])
-        return [Value(op.node, packed=self._item(new, i), clean=False, layout=layout) for i, layout in enumerate(outs)]
+            return Value(op.node, packed=new, clean=False, layout=outs[0], shape=op.out_shape())
+        return [
+            Value(op.node, packed=self._item(new, i), clean=False, layout=layout, shape=op.out_shape(i))
+            for i, layout in enumerate(outs)
+        ]
 
     def _shape(self, shape: tuple[Any, ...], layout: Layout) -> list[Any]:
         """The sizes of a packed value: samples are one, tokens are T."""
@@ -424,7 +438,7 @@ class _Pack:
         """All rows; what is not known to be clean holds zeros at the padding."""
         if value.full is None:
             assert value.packed is not None
-            value.full = self._scatter(value.packed, value.layout, value.origin.meta["val"].shape)
+            value.full = self._scatter(value.packed, value.layout, value.shape)
         return value.full
 
     def _gather(self, full: fx.Node, layout: Layout) -> fx.Node:
@@ -486,7 +500,8 @@ class _Pack:
         new = self._emit(op, {(name, i): self._full(self.env[arg]) for name, i, arg in op.tensors()})
         if not layouts["query", 0]:
             return Value(op.node, full=new)
-        return Value(op.node, packed=self._gather(new, grid), clean=False, layout=grid)
+        packed = self._gather(new, grid)
+        return Value(op.node, packed=packed, clean=False, layout=grid, shape=op.out_shape())
 
     def _reads_real_rows(self, op: Op, layouts: dict[tuple[str, int], Layout]) -> bool:
         """Rows read by position, or by an index: they become real, and what is read of them is what it was."""
@@ -496,13 +511,11 @@ class _Pack:
             window = next((r for r in flow_of(op) or [] if isinstance(r, Window)), None)
             if window is None or layout.get(op.dim()) != (Rows(self.stage),):
                 return False
-            start, stop = window.start, window.stop
-            if same(stop, size) and isinstance(size - start, int):
-                self.claims.ends(0, size - start)
-            elif isinstance(start, int) and isinstance(stop, int):
-                self.claims.ends(stop, 0)
-            else:
+            head, tail = _number(window.stop), _number(size - window.start)
+            nearest = min((n for n in (head, tail) if n is not None), default=None)
+            if nearest is None or not _few(nearest, size):
                 return False
+            self.claims.ends(*((nearest, 0) if nearest == head else (0, nearest)))
             return True
         if op.target is aten.index.Tensor:
             indices = [index for index in op["indices"] if index is not None]
@@ -556,6 +569,18 @@ def _refuse_effects(node: fx.Node) -> None:
         chance, training = given.get("dropout_p", given.get("p", 1.0)), given.get("train", True)
         if chance != 0.0 and training is not False:
             raise PaddingIsRead("random", "it would draw other random numbers (dropout in training)", node)
+
+
+def _number(size: Any) -> int | None:
+    """A size that does not depend on the run, as a plain number."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr) if size.node.expr.is_Integer else None
+    return int(size)
+
+
+def _few(rows: int, size: Any) -> bool:
+    """Fewer than half of the rows: to read all but the class token is to read the padding."""
+    return 2 * rows <= hint(size)
 
 
 def _slots(relation: Any) -> list[Any]:
