@@ -57,7 +57,7 @@ def encoder(mask: Any = models.boolean, pool: Any = models.mean, **options: Any)
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="tokred", options={"lower": "aot_eager", **options})
+    return torch.compile(model, backend="tokred", options={"lower": "eager", **options})
 
 
 def agree(model: nn.Module, fast: Any, *inputs: Tensor, tolerance: float = 1e-10) -> None:
@@ -111,11 +111,9 @@ def test_an_encoder_without_masks_is_not_asked(ran: list[int]) -> None:
 
 @pytest.mark.parametrize("lengths, rows", [((8, 8, 8), []), ((0, 0, 0), []), ((1, 0, 0), []), ((2, 0, 0), [2])])
 def test_all_and_none_and_one(lengths: tuple[int, ...], rows: list[int], ran: list[int]) -> None:
-    for mask in (models.boolean, models.infinite):
-        ran.clear()
-        model = encoder(mask)
-        agree(model, compiled(model), *batch(lengths))
-        assert ran == rows
+    model = encoder()
+    agree(model, compiled(model), *batch(lengths))
+    assert ran == rows
 
 
 def test_a_sample_that_is_all_padding_sees_itself_through_a_finite_mask(ran: list[int]) -> None:
@@ -136,7 +134,7 @@ def test_one_broken_sample_does_not_reach_the_others(ran: list[int]) -> None:
 
 def test_one_compilation_serves_every_amount_of_padding(ran: list[int]) -> None:
     model = encoder()
-    fast = compiled(model)
+    fast = compiled(model, lower="aot_eager")
     for lengths in ((7, 3, 1), (1, 1, 1), (8, 8, 7), (8, 8, 8), (2, 5, 8)):
         agree(model, fast, *batch(lengths))
     assert ran == [11, 3, 23, 15] and len(tokred.reports().graphs) == 1
@@ -144,7 +142,7 @@ def test_one_compilation_serves_every_amount_of_padding(ran: list[int]) -> None:
 
 def test_run_time_sizes(ran: list[int]) -> None:
     model = encoder()
-    fast = compiled(model)
+    fast = compiled(model, lower="aot_eager")
     for lengths, tokens in (((7, 3, 1), 8), ((5, 2, 9, 1), 10), ((3, 2), 11), ((12,) * 5, 12)):
         agree(model, fast, *batch(lengths, tokens))
     assert ran == [11, 17, 5] and len(tokred.reports().graphs) == 2
@@ -160,7 +158,7 @@ def test_validity_of_other_types(kind: torch.dtype, ran: list[int]) -> None:
 def test_gradients(ran: list[int]) -> None:
     model, inputs = encoder(), batch()
     expected = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
-    got = torch.autograd.grad(compiled(model)(*inputs).square().sum(), list(model.parameters()))
+    got = torch.autograd.grad(compiled(model, lower="aot_eager")(*inputs).square().sum(), list(model.parameters()))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert ran == [11]
 

