@@ -7,15 +7,19 @@ from tokred.backend import backend, compile, reports, reset
 from tokred.compiler.report import Refusal, Report
 from tokred.errors import TokredError
 from tokred.explain import explain
+from tokred.registry.attention import AttentionRewrite, Effort
 from tokred.registry.maps import Keep, Merge, Soft, TokenMap
-from tokred.registry.method import Reduction
+from tokred.registry.method import Method, Reduction
 from tokred.registry.recipe import Recipe
 from tokred.registry.register import methods, register, register_pass
 from tokred.registry.site import Place, Site
 
 __all__ = [
+    "AttentionRewrite",
+    "Effort",
     "Keep",
     "Merge",
+    "Method",
     "Place",
     "Recipe",
     "Reduction",

@@ -11,7 +11,7 @@ from tokred.compiler.blocks import Attention
 from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.residual import CONTRACTIONS
 
-__all__ = ["is_causal"]
+__all__ = ["hides_earlier_keys", "is_causal"]
 
 LARGEST = 2**22  # elements of a mask that is worth running
 
@@ -25,30 +25,42 @@ def is_causal(block: Attention) -> bool:
     return block.causal or any(_hides_later_keys(mask) for mask in block.masks)
 
 
+def hides_earlier_keys(block: Attention) -> bool:
+    """Whether a mask is known to hide keys that are neither later than the query nor padding, or to weigh keys."""
+    return any(_facts(mask)[1] for mask in block.masks)
+
+
 def _hides_later_keys(mask: fx.Node) -> bool:
+    return _facts(mask)[0]
+
+
+def _facts(mask: fx.Node) -> tuple[bool, bool]:
+    """Whether a mask hides later keys, and whether it is known to hide or to weigh others."""
     meta = tensor_meta(mask)
     if meta is None or meta.dim() < 2 or _is_one(meta.shape[-2]) or _is_one(meta.shape[-1]):
-        return False
-    if "hides_later_keys" not in mask.meta:
-        mask.meta["hides_later_keys"] = _inspect(mask)
-    return bool(mask.meta["hides_later_keys"])
+        return False, False
+    if "hides_keys" not in mask.meta:
+        mask.meta["hides_keys"] = _inspect(mask)
+    found: tuple[bool, bool] = mask.meta["hides_keys"]
+    return found
 
 
-def _inspect(mask: fx.Node) -> bool:
+def _inspect(mask: fx.Node) -> tuple[bool, bool]:
     nodes = _ancestors(mask)
     if mask.op == "placeholder":
-        return not is_parameter(mask)
+        return not is_parameter(mask), False
     if any(node.target in CONTRACTIONS for node in nodes):
-        return False
+        return False, False
     try:
         value = _run(mask, nodes)
     except Exception:
-        return True  # what cannot be looked into is taken for the stricter case
+        return True, False  # what cannot be looked into is taken for the stricter case
     seen = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
     rows, columns = seen.shape[-2:]
     later = torch.ones(rows, columns, dtype=torch.bool).triu(1 + columns - rows)
     pairs = seen.reshape(-1, rows, columns).any(0)
-    return bool(later.any()) and not bool(pairs[later].any())
+    weighs = value.dtype != torch.bool and bool((value[seen] != 0).any())
+    return bool(later.any()) and not bool(pairs[later].any()), weighs or not bool(pairs[~later].all())
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

@@ -14,14 +14,18 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.capture import module_path, tensor_meta
 from tokred.compiler.machine import Extent, Machine, method_seconds
+from tokred.compiler.relations import Op
 from tokred.compiler.report import Refusal
 from tokred.compiler.suffix import Suffix
 from tokred.compiler.symbolic import Symbols
 from tokred.compiler.work import flops, hint, sizes_now
+from tokred.registry.attention import AttentionRewrite
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place
 
-__all__ = ["Costs", "Gate", "Prediction"]
+__all__ = ["Costs", "Gate", "Prediction", "predict_attention"]
+
+LONGEST = 1 << 24  # tokens: farther than any prompt
 
 Key = tuple[str, str]  # module path and user's lines: what a node keeps when it is rewritten
 Ledger = dict[Key, list[tuple[fx.Node, int]]]
@@ -161,6 +165,48 @@ class Gate:
         moved, kernels = site.carried()
         costs = method_seconds(method, extent, machine) + machine.seconds({}, moved, kernels)
         return Prediction(site.saved(machine), costs)
+
+    def attention(self, block: Attention, method: AttentionRewrite, node: fx.Node) -> tuple[str, Refusal | None]:
+        """The same for a method that computes the SDPA at `node` in another way: the prediction in words, and whether
+        that refuses it."""
+        machine = self.machine or Machine.of(node.meta["val"].device)
+        tokens = sizes_now(Op(node).operand("query"))[2]
+        found = predict_attention(method, node, tokens, machine)
+        start = _pays_from(lambda n: predict_attention(method, node, n, machine).pays, method.shortest or 1)
+        words = f"{found}; {'never pays' if start is None else f'pays from {start} tokens on'}"
+        words = f"{words}, {method.assumes}" if method.assumes else words
+        if found.pays or not self.refuse:
+            return words, None
+        where = f"{block.module} ({block.source})" if block.module else block.source
+        return words, Refusal("does-not-pay", f"predicted for {tokens} tokens: {words}", where)
+
+
+def predict_attention(method: AttentionRewrite, node: fx.Node, tokens: int, machine: Machine) -> Prediction:
+    """What a method saves of an SDPA that has as many tokens, and what it costs, in seconds."""
+    op = Op(node)
+    batch, heads, _, channels = sizes_now(op.operand("query"))
+    width, dtype = sizes_now(op.operand("value"))[-1], node.meta["val"].dtype
+    effort = method.effort(tokens, channels)
+    dense = tokens * (tokens + 1) / 2 if op["is_causal"] else tokens**2  # a mask's pairs are computed, then hidden
+    saved = 2 * batch * heads * (channels + width) * (dense - effort.attended)
+    compared = 2 * batch * heads * channels * effort.compared
+    moved = batch * heads * effort.moved * dtype.itemsize
+    return Prediction(
+        machine.seconds({dtype: saved}, 0), machine.seconds({dtype: compared}, moved, batch * effort.kernels)
+    )
+
+
+def _pays_from(pays: Callable[[int], bool], shortest: int) -> int | None:
+    """The number of tokens from which on a method pays; None if it does not at any length up to LONGEST."""
+    low, high = shortest - 1, shortest
+    while not pays(high):
+        low, high = high, 2 * high
+        if high > LONGEST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
 
 
 class _Site:

@@ -23,6 +23,8 @@ from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
 from tokred.errors import StrictError, TokredError
+from tokred.registry.attention import AttentionRewrite
+from tokred.registry.method import Reduction
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
@@ -98,6 +100,7 @@ def _transform(
     from tokred.passes import exact_passes
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.reduce_tokens import reduce_tokens
+    from tokred.passes.rewrite_attention import rewrite_attention
 
     observe("dynamo", gm)
     captured = expand_encoder_layer(capture(gm, example_inputs))
@@ -116,17 +119,25 @@ def _transform(
     started = time.perf_counter()
     gate = Gate(graph, blocks, axes, refuse=options.gate)
     reduced = reduce_tokens(graph, blocks, axes, options, gate=gate, trace=trace)
-    if options.recipe.methods:
+    if options.recipe.of(Reduction):
         report.passes.append(PassReport("reduce_tokens", False, len(reduced.applied), time.perf_counter() - started))
         observe("reduce_tokens", reduced.graph)
-    graph = _plugins("reduce", options, reduced.graph, report, observe)
+
+    started = time.perf_counter()
+    rewrites = options.recipe.of(AttentionRewrite)
+    rewritten = rewrite_attention(reduced.graph, reduced.anchors, rewrites, gate=gate.attention)
+    if rewrites:
+        seconds = time.perf_counter() - started
+        report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
+        observe("rewrite_attention", rewritten.graph)
+    graph = _plugins("reduce", options, rewritten.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
 
-    summarize(report, captured, original, blocks, axes, reduced, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report)
+    _enforce(options, report, reduced, rewritten)
     packing = _pack(graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
@@ -196,13 +207,14 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
-def _enforce(options: Options, report: GraphReport) -> None:
-    refused = [
-        (block, block.refusal) for block in report.blocks if block.refusal is not None and block.method is not None
-    ]
-    refused = [(block, refusal) for block, refusal in refused if refusal.code != "decode"]  # recipes mean the prefill
-    for block, refusal in refused:
-        log.info("%s layer %d: %s refused: %s", report.model, block.layer, block.method, refusal.reason)
+def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any) -> None:
+    refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
+    for block, (method, refusal) in rewritten.refused.items():
+        if block in reduced.applied:  # its row says what was applied
+            refused.append((block.layer, str(method), refusal))
+    refused = [entry for entry in refused if entry[2].code != "decode"]  # recipes mean the prefill
+    for layer, method, refusal in refused:
+        log.info("%s layer %d: %s refused: %s", report.model, layer, method, refusal.reason)
     if options.strict and refused:
-        block, refusal = refused[0]
-        raise StrictError(f"{block.method} at {refusal.where}: {refusal.reason} [{refusal.code}]")
+        _, method, refusal = refused[0]
+        raise StrictError(f"{method} at {refusal.where}: {refusal.reason} [{refusal.code}]")

@@ -53,13 +53,16 @@ def summarize(
     blocks: Blocks,
     axes: Axes,
     reduced: Any,
+    rewritten: Any,
     final: fx.GraphModule,
 ) -> None:
     """Fill in blocks, costs and restores."""
     costs = Costs(captured, final)
     report.flops = costs.totals()
     place = {node: number for number, node in enumerate(captured.graph.nodes)}
-    attentions = zip(found.attentions, _attention_rows(found, blocks, reduced, costs), strict=True)
+    attentions = list(zip(found.attentions, _attention_rows(found, blocks, reduced, costs), strict=True))
+    for block, row in attentions:
+        _show_rewritten(row, _identity(block), rewritten, reduced)
     rows = [(place[block.anchor], row) for block, row in attentions]
     rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
     report.blocks += [row for _, row in sorted(rows, key=itemgetter(0))]
@@ -103,6 +106,20 @@ def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -
             row.refusal = block.refusal
         rows.append(row)
     return rows
+
+
+def _show_rewritten(row: BlockReport, key: tuple[str, int, str], rewritten: Any, reduced: Any) -> None:
+    """What became of an attention that a method was to compute, beside what became of its tokens."""
+    cut = any(_identity(block) == key for block in reduced.applied)
+    for block, (method, note) in rewritten.applied.items():
+        if _identity(block) == key:
+            row.method, row.refusal = f"{row.method} + {method}" if cut else str(method), None
+            row.note = "; ".join(part for part in (row.note, note) if part)
+    for block, (method, refusal) in rewritten.refused.items():
+        if _identity(block) == key and cut:
+            row.note += f"; {method.name} refused: {refusal.reason}"
+        elif _identity(block) == key and row.method is None:
+            row.method, row.refusal = str(method), refusal
 
 
 def _mlp_row(mlp: Mlp, costs: Costs) -> BlockReport:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokred.backends.kernels.token_sparse import expected_rows
 from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op
 
@@ -227,3 +228,12 @@ def _attention(op: Op, sizes: Sizes) -> Any:
         long = bool(hint(op.shape("query")[-2]) > hint(op.shape("key")[-2]))  # rows past the last key see all of them
         pairs = n * m - m * (m - 1) // 2 if long else n * (n + 1) // 2
     return 2 * _times(query[:-2]) * pairs * (query[-1] + value[-1])
+
+
+@_counts(torch.ops.tokred.token_sparse_attention.default)
+def _token_sparse(op: Op, sizes: Sizes) -> Any:
+    """Causal attention among as many rows as are expected to attend, and the scores of the window's rows."""
+    query, value = sizes(op.operand("query")), sizes(op.operand("value"))
+    rows = expected_rows(query[-2], op["window"], op["least"])
+    attended = rows * (rows + 1) // 2 * (query[-1] + value[-1])
+    return 2 * _times(query[:-2]) * (attended + op["window"] * query[-2] * query[-1])

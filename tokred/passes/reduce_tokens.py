@@ -54,6 +54,7 @@ class Reduced:
     restored: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     lengths: dict[fx.Node, dict[int, Any]] = field(default_factory=dict)  # old node -> {dimension: present length}
     caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
+    anchors: dict[Attention, fx.Node] = field(default_factory=dict)  # what computes each attention now
 
 
 SCOPES = ("round_trip", "persistent", "layer")  # in the order in which they act where they meet at one node
@@ -79,7 +80,9 @@ def reduce_tokens(
         except _SiteFailed as failure:
             barred[failure.block, failure.method.name] = failure.refusal
             continue
-        return reduced if reduced.applied else Reduced(gm, {}, reduced.refused)
+        if reduced.applied:
+            return reduced
+        return Reduced(gm, {}, reduced.refused, anchors={block: block.anchor for block in blocks.attentions})
 
 
 class _SiteFailed(Exception):
@@ -100,7 +103,7 @@ class _Run:
         barred: dict[tuple[Attention, str], Refusal],
     ):
         self.gm, self.blocks, self.axes, self.gate, self.barred = gm, blocks, axes, gate, barred
-        self.options, self.recipe = options, options.recipe
+        self.options, self.methods = options, options.recipe.of(Reduction)
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
@@ -127,6 +130,7 @@ class _Run:
         )
         self.reduced.restored = self.lift.restored
         self.reduced.lengths = self._lengths()
+        self.reduced.anchors = {block: self.lift.env[block.anchor].node for block in attentions}
         return self.reduced
 
     def _guarded(self, step: Callable[[], Any]) -> Any:
@@ -143,7 +147,7 @@ class _Run:
     # -- one site -----------------------------------------------------------------------------------------------------
 
     def _try(self, block: Attention, scope: str) -> None:
-        for method in self.recipe.methods:
+        for method in self.methods:
             if block in self.reduced.applied or method.scope != scope:
                 continue
             if not self._means(method, block):
@@ -170,7 +174,7 @@ class _Run:
         """A block without a stream is never a site: its own refusal stands for every method that wanted it."""
         if block in self.reduced.applied or block in self.reduced.refused or block.refusal is None:
             return
-        for method in self.recipe.methods:
+        for method in self.methods:
             if self._means(method, block):
                 self.reduced.refused[block] = (method, block.refusal)
                 return

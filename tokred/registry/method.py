@@ -1,4 +1,4 @@
-"""The base of every token method: options as dataclass fields, how much it removes where, and the plan itself."""
+"""The base of every method, options as dataclass fields; and of token methods: how much goes where, and the plan."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tokred.registry.maps import TokenMap
 from tokred.registry.site import Place, Site
 
 __all__ = [
+    "Method",
     "Reduction",
     "Share",
     "check_flag",
@@ -26,35 +27,17 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reduction:
-    """A way to compute fewer tokens. Subclasses are frozen dataclasses whose fields are the method's options.
+class Method:
+    """A way to compute less. Subclasses are frozen dataclasses whose fields are the method's options.
 
     layers   where it may act: ints (negative from the end), a slice such as "8:24", or a glob on module names;
              None is the method's own choice (`default_layers`)
-
-    needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
-             "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once)
-    scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
-             "round_trip": only this attention sees fewer tokens
-    probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
-             the layer itself, computed for the tokens that it would have had
-    uses     what it takes from the site where that has it, and does without elsewhere: "tower"
-    merges   "visual": mixes tokens of the visual span with one another and with nothing else, and keeps all others in
-             order. Under causal attention that leaks nothing into the text, if the span is one piece in every sample:
-             asserted when the model runs
     """
 
     layers: int | list[int] | tuple[int, ...] | str | None = None
 
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
-    needs: ClassVar[tuple[str, ...]] = ()
-    uses: ClassVar[tuple[str, ...]] = ()
-    scope: ClassVar[str] = "persistent"
-    probe: ClassVar[str] = "previous"
-    averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
-    merges: ClassVar[str] = ""
-    causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
 
     def default_layers(self, depth: int) -> list[int] | None:
         """The layers that `layers=None` stands for; None is all of them."""
@@ -72,6 +55,38 @@ class Reduction:
                 return layer in range(depth)[_slice(chosen)]
             return fnmatch(module, chosen)
         return layer in {number % depth if number < 0 else number for number in chosen}
+
+    def __str__(self) -> str:
+        from dataclasses import fields
+
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        shown = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
+        return f"{self.name}({shown})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction(Method):
+    """A way to compute fewer tokens.
+
+    needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
+             "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once)
+    scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
+             "round_trip": only this attention sees fewer tokens
+    probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
+             the layer itself, computed for the tokens that it would have had
+    uses     what it takes from the site where that has it, and does without elsewhere: "tower"
+    merges   "visual": mixes tokens of the visual span with one another and with nothing else, and keeps all others in
+             order. Under causal attention that leaks nothing into the text, if the span is one piece in every sample:
+             asserted when the model runs
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
+    scope: ClassVar[str] = "persistent"
+    probe: ClassVar[str] = "previous"
+    averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
+    merges: ClassVar[str] = ""
+    causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
 
     def needs_at(self, layer: int, depth: int) -> tuple[str, ...]:
         """What the site must have at this layer, for methods that do not do the same at all; `needs`."""
@@ -100,13 +115,6 @@ class Reduction:
     def revise(self, site: Site, token_map: TokenMap) -> Tensor:
         """[B N C] what the map then reduces: the stream itself, or with other values in some rows."""
         return site.hidden
-
-    def __str__(self) -> str:
-        from dataclasses import fields
-
-        given = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        shown = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
-        return f"{self.name}({shown})"
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,32 @@ import ast
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from tokred.errors import ArgumentError, RecipeError, nearest
-from tokred.registry.method import Reduction, check_layers
+from tokred.registry.method import Method, check_layers
 from tokred.registry.register import method_named
 
 __all__ = ["Recipe", "parse_recipe"]
+
+Kind = TypeVar("Kind", bound=Method)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Methods in the order in which they are tried at each site."""
 
-    methods: tuple[Reduction, ...] = ()
+    methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
         for method in self.methods:
             check_layers(method.name, method.layers)
+
+    def of(self, kind: type[Kind]) -> tuple[Kind, ...]:
+        """The methods of one base class: `recipe.of(Reduction)`."""
+        return tuple(method for method in self.methods if isinstance(method, kind))
 
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)
@@ -40,7 +46,7 @@ def parse_recipe(recipe: Any) -> Recipe:
         return Recipe()
     if isinstance(recipe, Recipe):
         return recipe
-    if isinstance(recipe, Reduction):
+    if isinstance(recipe, Method):
         return Recipe((recipe,))
     if isinstance(recipe, (list, tuple)):
         return Recipe(tuple(method for part in recipe for method in parse_recipe(part).methods))
@@ -54,7 +60,7 @@ def parse_recipe(recipe: Any) -> Recipe:
     raise RecipeError(f"a recipe is a string, a path, a method or a list of methods, not {type(recipe).__name__}")
 
 
-def build_method(name: str, options: Any) -> Reduction:
+def build_method(name: str, options: Any) -> Method:
     """A method object from its name and a mapping of its options."""
     cls = method_named(str(name))
     options = {} if options is None else options
@@ -84,7 +90,7 @@ def _terms(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _from_node(node: ast.expr, text: str) -> Reduction:
+def _from_node(node: ast.expr, text: str) -> Method:
     if isinstance(node, ast.Name):
         return build_method(node.id, {})
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):

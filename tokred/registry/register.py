@@ -11,17 +11,17 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from tokred.errors import RegistrationError, UnknownMethod, nearest
-from tokred.registry.method import Reduction
+from tokred.registry.method import Method
 
 __all__ = ["PassSpec", "method_named", "methods", "passes", "register", "register_pass"]
 
-KINDS = ("baseline", "prune", "merge")
+KINDS = ("baseline", "prune", "merge", "sparsify")
 STAGES = ("exact", "reduce", "cleanup")
 GROUP = "tokred.methods"
 
-Method = TypeVar("Method", bound=type[Reduction])
+Class = TypeVar("Class", bound=type[Method])
 
-_METHODS: dict[str, type[Reduction]] = {}
+_METHODS: dict[str, type[Method]] = {}
 _PASSES: dict[str, PassSpec] = {}
 _loaded = False
 
@@ -38,17 +38,19 @@ class PassSpec:
     after: tuple[str, ...]
 
 
-def register(kind: str, name: str) -> Callable[[Method], Method]:
-    """Class decorator: make a frozen dataclass derived from `Reduction` available in recipes under `name`.
+def register(kind: str, name: str) -> Callable[[Class], Class]:
+    """Class decorator: make a frozen dataclass derived from `Method` (`Reduction`, ...) available in recipes under `name`.
 
     Raises RegistrationError for an unknown kind, a class that is no such dataclass, or a name that is taken.
     """
     if kind not in KINDS:
         raise RegistrationError(f"kind {kind!r} of method {name!r} is unknown.{nearest(kind, KINDS)}")
 
-    def add(cls: Method) -> Method:
-        if not (isinstance(cls, type) and issubclass(cls, Reduction)):
-            raise RegistrationError(f"method {name!r}: {cls!r} does not derive from tokred.Reduction")
+    def add(cls: Class) -> Class:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise RegistrationError(
+                f"method {name!r}: {cls!r} does not derive from tokred.Reduction or tokred.AttentionRewrite"
+            )
         if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise RegistrationError(f"method {name!r}: {cls.__name__} must be decorated with @dataclass(frozen=True)")
         taken = _METHODS.get(name)
@@ -89,7 +91,7 @@ def register_pass(
     return add
 
 
-def methods() -> dict[str, type[Reduction]]:
+def methods() -> dict[str, type[Method]]:
     """Every registered method by name, the built-in ones and those of installed plug-ins."""
     _load()
     return dict(sorted(_METHODS.items()))
@@ -101,7 +103,7 @@ def passes() -> dict[str, PassSpec]:
     return dict(_PASSES)
 
 
-def method_named(name: str) -> type[Reduction]:
+def method_named(name: str) -> type[Method]:
     """Raises UnknownMethod with the nearest known name."""
     known = methods()
     if name not in known:

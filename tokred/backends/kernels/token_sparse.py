@@ -17,7 +17,7 @@ __all__ = ["choose_rows", "expected_rows", "token_sparse_attention", "unpadded",
 
 log = logging.getLogger("tokred")
 
-BLOCK = 1024  # rows of a mask that are compared at a time
+BLOCK = 256  # rows of a mask that are compared at a time
 OPTIONS = "float? scale, float coverage, int window, int least, int kernel, bool grouped"
 TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask"
 
@@ -81,26 +81,33 @@ def unpadded(mask: Tensor) -> Tensor | None:
 
     mask   [B|1 1 N N], True or 0 where a key is seen. What the rows of padding see does not matter
     """
-    if mask.dim() != 4 or (mask.shape[1] > 1 and mask.stride(1)) or mask.shape[2] != mask.shape[3]:
+    mask = mask[(None,) * (4 - mask.dim())]
+    if (mask.shape[1] > 1 and mask.stride(1)) or mask.shape[2] != mask.shape[3]:
         return None
     mask = mask[:, 0]
-    last, own = (_seen(x)[0] for x in (mask[:, -1], mask.diagonal(dim1=-2, dim2=-1)))
-    valid = torch.where(last.any(-1, keepdim=True), last, own)  # [B N]; padding behind may see nothing, its last row too
-    places = torch.arange(mask.shape[-1], device=mask.device)
-    wrong = torch.zeros((), dtype=torch.bool, device=mask.device)
-    for rows in places.split(BLOCK):
-        seen, plain = _seen(mask[:, rows[0] : rows[-1] + 1])
-        causal = valid[:, None] & (places <= rows[:, None])  # [B R N]
-        wrong |= (((seen != causal) | ~plain) & valid[:, rows, None]).any()
-    return None if wrong else valid
+    last, own = (_seen(x) for x in (mask[:, -1], mask.diagonal(dim1=-2, dim2=-1)))
+    valid = torch.where(
+        last.any(-1, keepdim=True), last, own
+    )  # [B N]; padding behind may see nothing, its last row too
+    for start in range(0, mask.shape[-1], BLOCK):
+        rows = slice(start, start + BLOCK)
+        causal = torch.ones_like(mask[0, rows], dtype=torch.bool).tril(start)  # [R N]
+        for sample, real in zip(mask, valid, strict=True):
+            shown, wanted = sample[rows], causal & real
+            if not real[rows].all():
+                shown, wanted = shown[real[rows]], wanted[real[rows]]
+            if not torch.equal(_seen(shown), wanted) or not _is_plain(shown):
+                return None
+    return valid
 
 
-def _seen(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a key is seen, and whether the mask says no more about it than that."""
-    if mask.dtype == torch.bool:
-        return mask, torch.ones_like(mask)
-    seen = mask > torch.finfo(mask.dtype).min / 2
-    return seen, ~seen | (mask == 0)
+def _seen(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _is_plain(mask: Tensor) -> bool:
+    """Whether a mask says no more about a key than whether it is seen."""
+    return mask.dtype == torch.bool or not bool(((mask != 0) & _seen(mask)).any())
 
 
 def _scores(query: Tensor, key: Tensor, window: int, scale: float) -> Tensor:
@@ -176,9 +183,7 @@ def _laid_out(x: Tensor) -> Tensor:
 # -- the operator -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "tokred::token_sparse_attention", mutates_args=(), schema=f"({TENSORS}, {OPTIONS}) -> Tensor"
-)
+@torch.library.custom_op("tokred::token_sparse_attention", mutates_args=(), schema=f"({TENSORS}, {OPTIONS}) -> Tensor")
 def token_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -215,9 +220,7 @@ def token_sparse_attention(
     mutates_args=(),
     schema=f"(Tensor grad, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses again, the same rows, and differentiates the attention among them."""
     _, pull = torch.func.vjp(lambda q, k, v: _run(q, k, v, *rest), query, key, value)
     return tuple(pull(grad))

@@ -87,9 +87,7 @@ def _means(  # type: ignore[no-untyped-def]
     total = tl.zeros([KEYS], tl.float32)
     for start in range(0, window, ROWS):
         row = start + tl.arange(0, ROWS)
-        q = _tile(
-            query + head.to(tl.int64) * query_head, free + row, query_row, tokens, query_channel, channels, WIDTH
-        )
+        q = _tile(query + head.to(tl.int64) * query_head, free + row, query_row, tokens, query_channel, channels, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         level = tl.load(normal + head * window + row, mask=row < window, other=float("inf"))
         total += tl.sum(tl.exp(scores - level[:, None]), 0)

@@ -1,0 +1,1 @@
+"""Methods that compute part of an attention or of an MLP: one file each."""
