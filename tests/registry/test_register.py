@@ -25,6 +25,7 @@ BUILT_IN = {
     "fastv": "prune",
     "pyramiddrop": "prune",
     "adaptinfer": "prune",
+    "token_sparse_attention": "sparsify",
 }
 
 
@@ -85,12 +86,12 @@ def test_a_name_that_is_taken_names_its_owner():
     assert tokred.methods()["tome"] is not Mine
 
 
-def test_what_is_no_reduction_is_refused():
+def test_what_is_no_method_is_refused():
     class Other:
         pass
 
     for wrong in (Other, Mine()):
-        with pytest.raises(RegistrationError, match=r"does not derive from tokred\.Reduction"):
+        with pytest.raises(RegistrationError, match=r"does not derive from tokred\.Method"):
             register("prune", "other")(wrong)
 
 

@@ -44,6 +44,7 @@ class Compiled:
     report: GraphReport
     changed: bool = False
     applied: list[Any] = field(default_factory=list)  # the sites that acted, in order
+    rewritten: list[Any] = field(default_factory=list)  # the attentions that a method computes in another way
     caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
     packing: Packing | None = None  # the same graph for a batch with padding
 
@@ -142,7 +143,8 @@ def _transform(
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
-    return Compiled(graph, report, graph is not captured, applied, reduced.caches, packing)
+    changed, rewrites = graph is not captured, list(rewritten.applied)
+    return Compiled(graph, report, changed, applied, rewrites, reduced.caches, packing)
 
 
 def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packing | None:

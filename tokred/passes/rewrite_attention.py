@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,20 +119,17 @@ def _replace(graph: fx.Graph, node: fx.Node, method: AttentionRewrite) -> fx.Nod
     tensors: tuple[Any, ...] = tuple(op[name] for name in ("query", "key", "value", "attn_mask"))
     scale = op["scale"].meta["val"] if isinstance(op["scale"], fx.Node) else op["scale"]
 
-    def attend(*inputs: Any) -> torch.Tensor:
-        attended = method.attend(*inputs, scale)
-        if not isinstance(attended, torch.Tensor):
-            raise TypeError(f"attend() returned {type(attended).__name__}, not a tensor")
-        return attended
-
     with graph.inserting_before(node):
-        new: fx.Node = record(graph, attend, tensors)
-    now = tensor_meta(new)
-    assert meta is not None and now is not None
+        new = record(graph, partial(method.attend, scale=scale), tensors)
+    now = tensor_meta(new) if isinstance(new, fx.Node) else None
+    if now is None:
+        raise TypeError(f"attend() returned {type(new).__name__}, not a tensor")
+    assert meta is not None
     if not same_shape(now.shape, meta.shape) or now.dtype != meta.dtype:
         shown = f"attend() gives {list(now.shape)} {now.dtype}, the attention {list(meta.shape)} {meta.dtype}"
         raise ValueError(shown)
     inherit([n for n in graph.nodes if n not in before], node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    return new
+    replacement: fx.Node = new
+    return replacement

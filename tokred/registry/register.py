@@ -39,7 +39,7 @@ class PassSpec:
 
 
 def register(kind: str, name: str) -> Callable[[Class], Class]:
-    """Class decorator: make a frozen dataclass derived from `Method` (`Reduction`, ...) available in recipes under `name`.
+    """Class decorator: make a frozen dataclass derived from `Method` available in recipes under `name`.
 
     Raises RegistrationError for an unknown kind, a class that is no such dataclass, or a name that is taken.
     """
@@ -48,9 +48,7 @@ def register(kind: str, name: str) -> Callable[[Class], Class]:
 
     def add(cls: Class) -> Class:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise RegistrationError(
-                f"method {name!r}: {cls!r} does not derive from tokred.Reduction or tokred.AttentionRewrite"
-            )
+            raise RegistrationError(f"method {name!r}: {cls!r} does not derive from tokred.Method")
         if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise RegistrationError(f"method {name!r}: {cls.__name__} must be decorated with @dataclass(frozen=True)")
         taken = _METHODS.get(name)

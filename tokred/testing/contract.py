@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokred.registry.method import Reduction
+from tokred.registry.attention import AttentionRewrite
+from tokred.registry.method import Method, Reduction
 from tokred.registry.recipe import parse_recipe
+from tokred.testing.attention import check_attention, long_enough
 from tokred.testing.maps import check_plans
-from tokred.testing.models import Run, TinyPrompt, TinyText, TinyViT, check_dynamic, check_model, check_type
+from tokred.testing.models import (
+    Run,
+    TinyDecoder,
+    TinyPrompt,
+    TinyText,
+    TinyViT,
+    check_dynamic,
+    check_model,
+    check_type,
+)
 from tokred.testing.sites import places
 
 __all__ = ["check_method", "idle"]
 
+AnyMethod = TypeVar("AnyMethod", bound=Method)
+
 
 def check_method(
-    method: Reduction | type[Reduction] | str, model: nn.Module | None = None, inputs: Sequence[Any] | None = None
+    method: Method | type[Method] | str, model: nn.Module | None = None, inputs: Sequence[Any] | None = None
 ) -> None:
     """Raise AssertionError, with a sentence that says what is broken, unless the method keeps the contract:
 
@@ -32,6 +45,13 @@ def check_method(
     - maps agree with dense matrices in float64: reduce, restore, pull, window; means are means, restored ones too
     - float32, bfloat16, float64; one sample, several, a dynamic number; padding; earlier merges; finite gradients
 
+    An `AttentionRewrite` instead:
+
+    - with `coverage=0`, and on fewer tokens than `shortest`, it is the dense attention
+    - the same inputs give the same result; a sample's result depends neither on its batch nor on its padding; a causal
+      mask says the same as none
+    - float32, bfloat16, float64; shared key heads; one sample, several, a dynamic number; finite gradients
+
     method         a method object, its class (then with default options), or a recipe string of one method
     model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
                    encoder and a small decoder with image tokens, for methods that need something these lack
@@ -40,14 +60,19 @@ def check_method(
     """
     subject = _one(method)
     nothing = idle(subject)
-    for place in places(nothing):
-        removed = nothing.removed(place)
-        assert removed == 0, f"{nothing} removes {removed} of {place.tokens} tokens, not 0"
-    acted = check_plans(subject)
-    assert acted or model is not None, f"{subject} removes nothing at any of the sites that it is tried at"
+    if isinstance(subject, AttentionRewrite):
+        assert isinstance(nothing, AttentionRewrite)
+        check_attention(subject, nothing)
+    else:
+        assert isinstance(subject, Reduction) and isinstance(nothing, Reduction)
+        for place in places(nothing):
+            removed = nothing.removed(place)
+            assert removed == 0, f"{nothing} removes {removed} of {place.tokens} tokens, not 0"
+        acted = check_plans(subject)
+        assert acted or model is not None, f"{subject} removes nothing at any of the sites that it is tried at"
     if model is not None:
         run = check_model(subject, nothing, model, tuple(inputs or ()))
-        assert run.applied, f"{subject} does not act in {type(model).__name__}: {run.refusals or 'no site was offered'}"
+        assert run.layers, f"{subject} does not act in {type(model).__name__}: {run.refusals or 'no site was offered'}"
         return
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -57,19 +82,20 @@ def check_method(
         torch.random.set_rng_state(torch_state)
 
 
-def _check_small_models(method: Reduction, nothing: Reduction) -> None:
+def _check_small_models(method: Method, nothing: Method) -> None:
     runs: list[Run] = []
-    for model, make in (
-        (TinyViT(), pixels),
-        (TinyText(), words),
-        (TinyPrompt(), partial(prompt, torn=not method.merges)),
-    ):
-        tried = any(run.applied for run in runs)
+    torn = not (isinstance(method, Reduction) and method.merges)
+    models: list[tuple[nn.Module, Any]] = [(TinyViT(), pixels), (TinyText(), words)]
+    models.append((TinyPrompt(), partial(prompt, torn=torn)))
+    if isinstance(method, AttentionRewrite):
+        models = [(TinyDecoder(), partial(text, tokens=long_enough(method)))]
+    for model, make in models:
+        tried = any(run.layers for run in runs)
         runs.append(check_model(method, nothing, model.eval(), make(3)))
-        if runs[-1].applied and not tried:
+        if runs[-1].layers and not tried:
             check_type(method, model, make(1), torch.bfloat16)
             check_dynamic(method, model.double(), [as_double(make(batch)) for batch in (3, 5)])
-    if not any(run.applied for run in runs):
+    if not any(run.layers for run in runs):
         refusals = "; ".join(refusal for run in runs for refusal in run.refusals)
         raise AssertionError(f"{method} acts in no model: {refusals or 'no site was offered'}")
 
@@ -93,22 +119,29 @@ def prompt(batch: int, *, torn: bool = True) -> tuple[Tensor, ...]:
     return ids.scatter(1, rows, 0), torch.randn(batch, 3, 6, 6)
 
 
+def text(batch: int, tokens: int) -> tuple[Tensor, ...]:
+    """Input of TinyDecoder."""
+    return (torch.randint(0, 50, (batch, tokens)),)
+
+
 def as_double(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Floating-point inputs in float64."""
     return tuple(x.double() if x.is_floating_point() else x for x in inputs)
 
 
-def idle(method: Reduction) -> Reduction:
-    """The same method with options that remove nothing: `r=0`, `ratio=0` or `keep=1`, whichever it has; no `exit`."""
+def idle(method: AnyMethod) -> AnyMethod:
+    """The same method with options that remove nothing: `r=0`, `ratio=0`, `keep=1` or `coverage=0`; no `exit`."""
     names = {field.name for field in fields(method)}
     options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit") if name in names}
-    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0)):
+    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0)):
         if name in names:
             return replace(method, **options | {name: value})
-    raise AssertionError(f"{method.name} has no option r, ratio or keep by which it could be told to remove nothing")
+    raise AssertionError(
+        f"{method.name} has no option r, ratio or keep, nor coverage, by which it could be told to remove nothing"
+    )
 
 
-def _one(method: Reduction | type[Reduction] | str) -> Reduction:
+def _one(method: Method | type[Method] | str) -> Method:
     recipe = parse_recipe(method() if isinstance(method, type) else method)
     assert len(recipe.methods) == 1, f"check_method takes one method, not {len(recipe.methods)}: {recipe}"
     return recipe.methods[0]

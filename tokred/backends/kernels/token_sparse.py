@@ -86,9 +86,7 @@ def unpadded(mask: Tensor) -> Tensor | None:
         return None
     mask = mask[:, 0]
     last, own = (_seen(x) for x in (mask[:, -1], mask.diagonal(dim1=-2, dim2=-1)))
-    valid = torch.where(
-        last.any(-1, keepdim=True), last, own
-    )  # [B N]; padding behind may see nothing, its last row too
+    valid = torch.where(last.any(-1, keepdim=True), last, own)  # [B N]; padding at the end may see nothing
     for start in range(0, mask.shape[-1], BLOCK):
         rows = slice(start, start + BLOCK)
         causal = torch.ones_like(mask[0, rows], dtype=torch.bool).tril(start)  # [R N]
@@ -223,7 +221,8 @@ def token_sparse_attention(
 def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses again, the same rows, and differentiates the attention among them."""
     _, pull = torch.func.vjp(lambda q, k, v: _run(q, k, v, *rest), query, key, value)
-    return tuple(pull(grad))
+    by_query, by_key, by_value = pull(grad)
+    return by_query, by_key, by_value
 
 
 @token_sparse_attention.register_fake

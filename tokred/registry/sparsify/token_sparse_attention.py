@@ -31,8 +31,8 @@ class TokenSparseAttention(AttentionRewrite):
     kernel    over how many neighbours scores are averaged, an odd number
     grouped   whether query heads that share a key head choose together, so that grouped keys are not copied. False is
               the released code's way
-    layers    None is the upper half; the paper takes those whose hidden states drift least (15 to 30 of Llama 3.1 8B). A
-              layer of which only the last token is read stays dense: it is cheap
+    layers    None is the upper half; the paper takes those whose hidden states drift least (15 to 30 of Llama 3.1 8B).
+              A layer of which only the last token is read stays dense: it is cheap
     """
 
     coverage: float = 0.005
