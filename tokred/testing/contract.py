@@ -136,9 +136,8 @@ def idle(method: AnyMethod) -> AnyMethod:
     for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0)):
         if name in names:
             return replace(method, **options | {name: value})
-    raise AssertionError(
-        f"{method.name} has no option r, ratio or keep, nor coverage, by which it could be told to remove nothing"
-    )
+    lacks = "no option r, ratio or keep, nor coverage"
+    raise AssertionError(f"{method.name} has {lacks}, by which it could be told to remove nothing")
 
 
 def _one(method: Method | type[Method] | str) -> Method:

@@ -87,6 +87,9 @@ def unpadded(mask: Tensor) -> Tensor | None:
     mask = mask[:, 0]
     last, own = (_seen(x) for x in (mask[:, -1], mask.diagonal(dim1=-2, dim2=-1)))
     valid = torch.where(last.any(-1, keepdim=True), last, own)  # [B N]; padding at the end may see nothing
+    for sample, stray in zip(mask, own & ~valid, strict=True):  # rows of padding see everything, or not themselves:
+        if stray.any() and not _seen(sample[stray]).all():  # these are another text of a packed batch
+            return None
     for start in range(0, mask.shape[-1], BLOCK):
         rows = slice(start, start + BLOCK)
         causal = torch.ones_like(mask[0, rows], dtype=torch.bool).tril(start)  # [R N]
@@ -141,11 +144,11 @@ def _run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: 
             rows = own.expand(k.shape[0], -1) if rows is None else own[rows]
         else:
             continue  # nothing but padding
-        _attend(out[sample], q, k, v, rows, factor)
+        _attend(out[sample], q, k, v, rows, scale)
     return out
 
 
-def _attend(out: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, scale: float) -> None:
+def _attend(out: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, scale: float | None) -> None:
     """Causal attention among the rows [S K], or all, written to `out`; order is kept, so causality is too.
 
     out [H N E], query [H N D], key [G N D], value [G N E]
@@ -162,7 +165,7 @@ def _attend(out: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Tensor
     out[head, own] = attended
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     gqa = query.shape[0] != key.shape[0]
     one = (query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))
     return scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=gqa).squeeze(0)
@@ -220,7 +223,7 @@ def token_sparse_attention(
 )
 def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses again, the same rows, and differentiates the attention among them."""
-    _, pull = torch.func.vjp(lambda q, k, v: _run(q, k, v, *rest), query, key, value)
+    pull = torch.func.vjp(lambda q, k, v: _run(q, k, v, *rest), query, key, value)[1]
     by_query, by_key, by_value = pull(grad)
     return by_query, by_key, by_value
 
