@@ -33,11 +33,12 @@ def operands(batch: int = 2, length: int = LENGTH, heads: int = 4, groups: int =
     return [query * sharpness, key, value]
 
 
-def run(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: Any = None, **other: Any
-) -> Tensor:
-    options = OPTIONS | other
-    return token_sparse_attention(query, key, value, mask, scale, *options.values())
+def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: Any = None, **other: Any) -> Tensor:
+    return token_sparse_attention(q, k, v, mask, scale, *(OPTIONS | other).values())
+
+
+def dense(*inputs: Tensor) -> Tensor:
+    return scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
 
 
 def causal_mask(valid: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def test_the_operator_is_the_reference(options: dict[str, Any]) -> None:
     torch.testing.assert_close(run(*inputs, **options), wanted, rtol=1e-10, atol=1e-10)
     rows = (wanted != 0).any(-1).sum(-1)
     assert (rows < LENGTH).all(), "the reference leaves nothing out"
-    assert len(rows.unique()) > 1, "every sample keeps as many: nothing depends on data"
+    assert options or len(rows.unique()) > 1, "every sample keeps as many: nothing depends on data"
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 8), (6, 1, 8), (2, 1, 5)])
@@ -89,7 +90,7 @@ def test_each_head_chooses_and_with_groups_the_key_head_does() -> None:
 
 def test_the_mass_that_a_layer_leaves_out_is_less_than_coverage_and_one_more_would_be_too_much() -> None:
     query, key, _ = (x[0] for x in operands(length=60))
-    for coverage in (0.01, 0.1, 0.3):
+    for coverage in (0.1, 0.3):
         rows = choose_rows(query, key, 0.4, coverage, 6, 10, 1, False)
         assert rows is not None
         layer = window_scores(query, key, 6, 0.4).mean(0)
@@ -101,13 +102,10 @@ def test_the_mass_that_a_layer_leaves_out_is_less_than_coverage_and_one_more_wou
 @pytest.mark.parametrize(("length", "options"), [(16, {}), (LENGTH, {"coverage": 0.0}), (LENGTH, {"coverage": 1e-9})])
 def test_where_nothing_is_left_out_it_is_dense_attention_bitwise(length: int, options: dict[str, Any]) -> None:
     inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands(1, length)]
-    dense = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    assert torch.equal(run(*inputs, **options), dense)
+    assert torch.equal(run(*inputs, **options), dense(*inputs))
     if not options:
         more = operands(1, length + 1)
-        assert not torch.equal(
-            run(*more, coverage=0.9), scaled_dot_product_attention(*more, is_causal=True, enable_gqa=True)
-        )
+        assert not torch.equal(run(*more, coverage=0.9), dense(*more))
 
 
 def test_given_the_choice_no_row_sees_a_later_one() -> None:
@@ -137,13 +135,14 @@ def test_padding_is_no_token(valid: Tensor, additive: bool) -> None:
 
 def test_what_rows_of_padding_see_does_not_matter() -> None:
     """transformers lets rows that see nothing see everything; other masks hide the rows of padding as well."""
-    inputs = operands(4)
-    for valid in (LEFT, RIGHT):
+    inputs = operands(3)
+    for valid in (LEFT[:3], RIGHT[:3]):
         mask = causal_mask(valid)
-        wanted = run(*inputs, mask)[:3]
-        assert torch.equal(run(*inputs, mask & valid[:, None, :, None])[:3], wanted)
-        if valid is LEFT:
-            assert torch.equal(run(*inputs, mask | ~mask.any(-1, keepdim=True))[:3], wanted)
+        others = [mask & valid[:, None, :, None]]
+        if valid[0, -1] and valid[1, -1]:  # where the last row is padding, one that sees everything tells nothing
+            others.append(mask | ~mask.any(-1, keepdim=True))
+        for other in others:
+            assert torch.equal(run(*inputs, other), run(*inputs, mask))
 
 
 def masks() -> dict[str, Tensor]:
@@ -166,8 +165,8 @@ def masks() -> dict[str, Tensor]:
 def test_any_other_mask_gives_dense_attention_and_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
     inputs = operands()
     mask = masks()[name]
-    dense = scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
-    torch.testing.assert_close(run(*inputs, mask), dense, rtol=1e-12, atol=1e-12)
+    wanted = scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
+    torch.testing.assert_close(run(*inputs, mask), wanted, rtol=1e-12, atol=1e-12)
     assert "attention stays dense" in caplog.text
 
 
@@ -191,8 +190,8 @@ def test_lower_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gradients_are_those_of_the_attention_among_the_chosen(grouped: bool) -> None:
-    inputs = [x.requires_grad_() for x in operands(2)]
-    mask = causal_mask(LEFT[:2])
+    inputs = [x.requires_grad_() for x in operands(2, 24, heads=2, groups=1)]
+    mask = causal_mask(LEFT[:2, :24])
     assert torch.autograd.gradcheck(lambda *x: run(*x, mask, grouped=grouped), inputs)
 
 
