@@ -143,8 +143,8 @@ def _transform(
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
-    changed, rewrites = graph is not captured, list(rewritten.applied)
-    return Compiled(graph, report, changed, applied, rewrites, reduced.caches, packing)
+    changed, computed = graph is not captured, list(rewritten.applied)
+    return Compiled(graph, report, changed, applied, computed, reduced.caches, packing)
 
 
 def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packing | None:
