@@ -6,6 +6,7 @@ from the papers' released code, one sample at a time where that is how they are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "adaptinfer",
     "attention_of",
     "catp",
+    "corematching",
     "decoder_layers",
     "embeddings",
     "fastv",
@@ -303,6 +305,29 @@ def catp(keep: float, weight: float) -> Selection:
                 chosen.append(max(left, key=lambda v: worth([*chosen, v])))
             kept.append([rows[v] for v in chosen])
         return {0: _without(visual, kept)}
+
+    return select
+
+
+def corematching(layer: int, keep: float, core: float) -> Selection:
+    """arXiv 2505.19235: the neurons that are positive for most of a sample's tokens, and which tokens have them."""
+
+    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
+        found: list[Tensor] = []
+        mlp = decoder_layers(model)[layer - 1].mlp
+        down = next(getattr(mlp, name) for name in ("down_proj", "c_proj", "fc2") if hasattr(mlp, name))
+        handle = down.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+        handle.remove()
+        score = torch.zeros(visual.shape)
+        for sample, neurons in enumerate(found[0]):
+            fires = neurons > 0
+            often = fires[inputs["attention_mask"][sample].bool()].sum(0).tolist()
+            ranked = sorted(range(len(often)), key=lambda neuron: (-often[neuron], neuron))
+            score[sample] = fires[:, ranked[: math.ceil(core * len(often))]].sum(-1)
+            score[sample] -= 0.001 * torch.arange(len(fires))  # the first of equal ones
+        return {layer: _all_but_top(score, visual, round(keep * int(visual[0].sum())))}
 
     return select
 

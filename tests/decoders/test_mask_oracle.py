@@ -22,6 +22,7 @@ METHODS: dict[str, oracle.Selection] = {
     "todre(keep=0.4)": oracle.todre(0.4, exit_layer=4),
     "zoo_prune(keep=0.4)": oracle.zoo_prune(0.4),
     "catp(keep=0.4)": oracle.catp(0.4, 0.7),
+    "corematching(layer=2, keep=0.4)": oracle.corematching(2, 0.4, 0.4),
 }
 
 

@@ -108,7 +108,7 @@ class _Run:
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
         self.spans = {b: find_span(b, options.spans) for b in blocks.attentions}
-        self.tensors = SiteTensors(self.lift, axes, blocks.attentions)
+        self.tensors = SiteTensors(self.lift, axes, blocks)
 
     def go(self, *, trace: bool) -> Reduced:
         attentions = self.blocks.attentions

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Attention
+from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
+from tokred.compiler.relations import Op
 from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Rows, Stage
@@ -29,10 +30,11 @@ PROBED = {"keys", "queries", "class_token"}  # what comes from an attention's op
 class SiteTensors:
     """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
 
-    def __init__(self, lift: Lift, axes: Axes, attentions: list[Attention]):
-        self.lift, self.axes, self.attentions = lift, axes, attentions
+    def __init__(self, lift: Lift, axes: Axes, blocks: Blocks):
+        self.lift, self.axes, self.attentions = lift, axes, blocks.attentions
+        self.mlps = {(mlp.axis, mlp.layer): mlp for mlp in blocks.mlps if mlp.axis}
         self.prepared: dict[tuple[Any, ...], fx.Node] = {}
-        self.layers = {(b.axis, b.form, b.layer): b for b in attentions}
+        self.layers = {(b.axis, b.form, b.layer): b for b in blocks.attentions}
         self.towers: dict[fx.Node, Encoder | None] = {}
         self.checked: dict[tuple[fx.Node, bool], fx.Node] = {}  # a span's mask -> itself behind its run-time checks
 
@@ -52,6 +54,9 @@ class SiteTensors:
         if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
+        if "neurons" in wanted and (neurons := self.neurons(block)) is not None:
+            batch, width = value.shape[block.batch_dim], shape_of(neurons)[-1]
+            tensors["neurons"] = self.lift.emit(lambda x: x.reshape(batch, -1, width), self.lift.env[neurons].node)
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
         if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
@@ -65,6 +70,16 @@ class SiteTensors:
         if span.features not in self.towers:
             self.towers[span.features] = find_tower(span.features, self.attentions)
         return self.towers[span.features]
+
+    def neurons(self, block: Attention) -> fx.Node | None:
+        """What the last linear of the MLP before an attention reads, [B N F] or [B*N F]."""
+        mlp = self.mlps.get((block.axis, block.layer - 1))
+        if mlp is None or block.batch_dim != 0:
+            return None
+        op = Op(mlp.down)
+        found = op.arguments.get("input", op.arguments.get("mat1"))
+        rows = [id(atom) for dim in self.axes.of(found)[:-1] for atom in dim] if isinstance(found, fx.Node) else []
+        return found if tuple(rows[-len(block.axis) :]) == block.axis else None
 
     def previous(self, block: Attention) -> Attention | None:
         """The attention of the layer before."""

@@ -77,6 +77,8 @@ def unfit(
         return refuse("no-vision-tower", reason, block)
     if "tower" in needs and place.free != place.whole:
         return refuse("no-vision-tower", "image tokens are gone, and others stand where the encoder's were", block)
+    if "neurons" in needs and tensors.neurons(block) is None:
+        return refuse("no-neurons", "no MLP of the layer before shows what its neurons do for each token", block)
     if method.scope == "layer" and method.probe == "previous" and attention and tensors.previous(block) is None:
         return refuse("no-previous-layer", "the scores come from the layer before, and there is none", block)
     later = [b for b in caches.cut if b.axis == block.axis and b.layer >= block.layer]

@@ -69,7 +69,8 @@ class Reduction(Method):
     """A way to compute fewer tokens.
 
     needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
-             "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once)
+             "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once),
+             "neurons" (what the MLP of the layer before makes of the tokens)
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is

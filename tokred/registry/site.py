@@ -85,6 +85,7 @@ class Site(Place):
     causal             whether the attention is causal by its flag, without a mask
     scale              the factor on q k^T
     weights [B H N N]  the attention itself, where the model computes it anyway (eager attention), or None
+    neurons [B N F]    what the last linear of the MLP before reads, the activated neurons
     prepared [B N]     what the method's `prepare` made of the tokens that entered layer 0
     inside  [B N]      True for the tokens of the visual span, exactly `span` of each sample, where `span` is not None
     tower              the vision encoder behind the visual tokens, where it shows and all of them are still there
@@ -102,6 +103,7 @@ class Site(Place):
     weights: Tensor | None = None
     inside: Tensor | None = None
     tower: Tower | None = None
+    neurons: Tensor | None = None
     prepared: Tensor | None = None
 
     @property

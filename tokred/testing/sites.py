@@ -108,5 +108,6 @@ def make_site(
         mask=mask,
         inside=inside,
         tower=tower,
+        neurons=normal(batch, tokens, 2 * CHANNELS),
         prepared=torch.rand(batch, tokens, generator=generator, dtype=torch.float64).to(wide),
     )
