@@ -155,12 +155,13 @@ def test_validity_of_other_types(kind: torch.dtype, ran: list[int]) -> None:
     assert ran == [11]
 
 
-def test_gradients(ran: list[int]) -> None:
-    model, inputs = encoder(), batch()
+@pytest.mark.parametrize("lengths, rows", [(LENGTHS, [11]), ((8, 8, 8), [])], ids=["packed", "dense"])
+def test_gradients(lengths: tuple[int, ...], rows: list[int], ran: list[int]) -> None:
+    model, inputs = encoder(), batch(lengths)
     expected = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
     got = torch.autograd.grad(compiled(model, lower="aot_eager")(*inputs).square().sum(), list(model.parameters()))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    assert ran == [11]
+    assert ran == rows
 
 
 def test_dropout_in_training_is_not_drawn_anew(ran: list[int]) -> None:

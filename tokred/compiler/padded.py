@@ -24,12 +24,17 @@ def lower_padded(
     sizes may put guards on these while it is lowered, which Dynamo only listens to now: both are lowered at once.
     """
     fakes = [node.meta["val"] for node in packing.packed.graph.find_nodes(op="placeholder")]
-    own = len(inputs)
-    if any(isinstance(x, torch.SymInt) for x in fakes[:own]):
-        both = lower(packing.packed, [*inputs, *fakes[own:]]), lower(dense, inputs)
+    more = fakes[len(inputs) :]
+    if any(isinstance(x, torch.SymInt) for x in fakes[: len(inputs)]):
+        both = lower(packing.packed, [*inputs, *more]), lower(dense, inputs)
         return by_padding(packing.real.forward, lambda: both[0], lambda: both[1], packing.worth)
+    mode = more[0].fake_mode  # the inputs themselves would be kept alive until both graphs are lowered
+    own = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
     return by_padding(
-        packing.real.forward, lambda: lower(packing.packed, fakes), lambda: lower(dense, fakes[:own]), packing.worth
+        packing.real.forward,
+        lambda: lower(packing.packed, [*own, *more]),
+        lambda: lower(dense, own),
+        packing.worth,
     )
 
 

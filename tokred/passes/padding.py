@@ -72,7 +72,8 @@ class Claims:
 
         def claim(_: list[Tensor]) -> Tensor:
             at = torch.arange(self.tokens)
-            return (at < head) | (at >= self.tokens - tail)
+            ends: Tensor = (at < head) | (at >= self.tokens - tail)
+            return ends
 
         self._made["ends", head, tail] = [], claim
 
@@ -81,7 +82,8 @@ class Claims:
 
         def claim(x: list[Tensor]) -> Tensor:
             none = x[0].new_zeros((self.batch, self.tokens), dtype=torch.bool)
-            return aten.index_put(none, x, none.new_ones(()))
+            pairs: Tensor = aten.index_put(none, x, none.new_ones(()))
+            return pairs
 
         self._made["rows", samples, tokens] = [samples, tokens], claim
 
