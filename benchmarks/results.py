@@ -39,11 +39,13 @@ DECODERS = {
     "decoder_last_logits_whole": ["--layers", "12", "--whole"],
 }
 COMPILE_TIME = "compile_time"
+PADDING = "minilm_padding"
 
 INTRODUCTION = """\
 # Results
 
-Written by `python -m benchmarks.results`; do not edit. `benchmarks/compare.py` says what the variants are. Times are
+Written by `python -m benchmarks.results`; do not edit. `benchmarks/compare.py` says what the variants are (of padded
+batches: `benchmarks/padding.py`). Times are
 medians, ratios are medians of the quotients within a round: above 1 means faster than the column's base. `ideal` is a
 hand-written model with the same token counts whose reduction is a slice; `handwritten` is a hand-written ToMe; both run
 under `backend="inductor"`. `exact` is `backend="tokred"` without a recipe, `tome` is `tome(r)` with `exact=False`,
@@ -68,6 +70,8 @@ def run(name: str, rounds: int) -> str | None:
     target = ["--json", str(FOLDER / f"{name}.json")]
     if name == COMPILE_TIME:
         command = [sys.executable, "-m", "benchmarks.compile_time", *target]
+    elif name == PADDING:
+        command = [sys.executable, "-m", "benchmarks.padding", "--rounds", str(rounds), *target]
     else:
         module, given = ("compare", CONFIGURATIONS) if name in CONFIGURATIONS else ("decoder", DECODERS)
         command = [sys.executable, "-m", f"benchmarks.{module}", *given[name], "--rounds", str(rounds), *target]
@@ -82,6 +86,9 @@ def render() -> str:
         path = FOLDER / f"{name}.json"
         title = f"## {name}\n\n"
         sections.append(title + (comparison(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"))
+    path = FOLDER / f"{PADDING}.json"
+    text = padding(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+    sections.append("## Padding\n\n" + text)
     path = FOLDER / f"{COMPILE_TIME}.json"
     text = compile_time(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
     sections.append("## Compile time\n\n" + text)
@@ -89,6 +96,17 @@ def render() -> str:
 
 
 def comparison(result: dict[str, Any]) -> str:
+    what = result.get("recipe") or f"r={result['r']}"
+    setting = f"{result['model']}, batch {result['batch']}, {what}, {result['dtype']}"
+    return _measured(result, setting, "logit")
+
+
+def padding(result: dict[str, Any]) -> str:
+    """`benchmarks/padding.py` says what the variants are; `ideal` and `full` run on other batches than the rest."""
+    return _measured(result, f"{result['model']}, batch {result['batch']}, {result['dtype']}", "number")
+
+
+def _measured(result: dict[str, Any], setting: str, largest: str) -> str:
     bases = list(next(iter(result["speedup"].values())))
     lines = ["| variant | ms | first call s |" + "".join(f" x {base} |" for base in bases)]
     lines.append("|---|---:|---:|" + "---:|" * len(bases))
@@ -97,13 +115,11 @@ def comparison(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {1e3 * result['median'][name]:.1f} | {result['first_call'][name]:.1f} |{cells}")
     checks = [f"- {check}: {worst:.1e}" for check, worst in result["checks"].items()]
     rounds = len(next(iter(result["seconds"].values())))
-    what = result.get("recipe") or f"r={result['r']}"
-    setting = f"{result['model']}, batch {result['batch']}, {what}, {result['dtype']}, {rounds} rounds."
+    last = f"Checked first (relative to the largest {largest}):"
+    heading = f"{setting}, {rounds} rounds."
     if result.get("selection") is not None:
-        setting += f" Choosing takes {100 * result['selection']:.1f} % of the prefill."
-    return "\n".join(
-        [setting, "", *lines, "", "Checked first (relative to the largest logit):", "", *checks, "", header(result)]
-    )
+        heading += f" Choosing takes {100 * result['selection']:.1f} % of the prefill."
+    return "\n".join([heading, "", *lines, "", last, "", *checks, "", header(result)])
 
 
 def compile_time(result: dict[str, Any]) -> str:
@@ -125,7 +141,7 @@ def header(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = [*CONFIGURATIONS, *decoders(), COMPILE_TIME]
+    names = [*CONFIGURATIONS, *decoders(), PADDING, COMPILE_TIME]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", nargs="+", choices=[*names, "all"], default=[])
     parser.add_argument("--rounds", type=int, default=21)
