@@ -145,14 +145,15 @@ def test_generation_goes_on_behind_a_pruned_prefill(name: str, recipe: str) -> N
 
 
 @pytest.mark.slow
-def test_inductor_generates_what_the_rewritten_graph_does() -> None:
+@pytest.mark.parametrize("recipe", ["fastv(layer=2, keep=0.5)", "hidrop()", "aim()"])
+def test_inductor_generates_what_the_rewritten_graph_does(recipe: str) -> None:
     inputs = prompts(2, model="llava")
     inputs["pixel_values"] = inputs["pixel_values"].float()
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     step = {"input_ids": torch.full((2, 1), 7), "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
     logits = []
     for lower in ("inductor", "eager"):
-        model = tokred.compile(build("llava", torch.float32), "fastv(layer=2, keep=0.5)", lower=lower)
+        model = tokred.compile(build("llava", torch.float32), recipe, lower=lower)
         with torch.no_grad():
             cache = model(**inputs).past_key_values
             logits.append(model(**step, past_key_values=cache).logits)

@@ -58,6 +58,29 @@ COUNTS = [
 ]
 
 
+def visual(layer, span=576, depth=32, whole=576):
+    return Place(layer=layer, depth=depth, tokens=span + 60, span=span, whole=whole)
+
+
+COUNTS += [
+    ("sparsevlm", visual(3), 276),
+    ("sparsevlm", visual(7, span=300), 100),
+    ("sparsevlm", visual(16, span=200), 90),
+    ("sparsevlm(keep=[0.5, 0], layers=[4, 9])", visual(9, span=288), 288),
+    ("hidrop", visual(0), 576),
+    ("hidrop", visual(9), 0),  # all are back
+    ("hidrop", visual(10), 288),
+    ("hidrop", visual(18, span=36), 18),
+    ("hidrop", visual(25, span=18), 18),
+    ("hidrop(keep=[0.5, 0.25], layers=[4, 9])", visual(9, span=288), 144),
+    ("aim", visual(0, depth=28), 432),
+    ("aim", visual(0, depth=28, span=577, whole=577), 432),  # 289, then 145 stay
+    ("aim", visual(15, depth=28, span=144), 18),
+    ("aim", visual(22, depth=28, span=18), 18),
+    ("aim(keep=0.5)", visual(0), 288),
+]
+
+
 @pytest.mark.parametrize("recipe, where, removed", COUNTS)
 def test_removed(recipe, where, removed):
     assert method(recipe).removed(where) == removed
@@ -114,6 +137,19 @@ OTHERS = [
     "tomesd(merge_attn=None)",
     "tomesd(seed='x')",
 ]
+OTHERS += [
+    f"{name}(keep={keep})"
+    for name in ("sparsevlm", "hidrop", "aim")
+    for keep in ("[]", "'x'", "[0.5, 0.7, 0.8]", "1.5", "[True]", "[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]")
+]
+OTHERS += [
+    "sparsevlm(layers=[3, 3], keep=[0.5, 0.2])",
+    "sparsevlm(layers='3:5', keep=[0.5, 0.2])",
+    "sparsevlm(layers=[3])",
+    "hidrop(keep=[0, 0.5, 0.2])",
+    "aim(keep=[0.3, 0.2])",
+    "aim(keep=[0])",
+]
 WRONG = [share.format(name) for name in ("random", "norm", "pool", "evit", "pitome", "expedit") for share in SHARES]
 
 
@@ -130,6 +166,19 @@ REFUSED = [
     ("expedit(grid=(7, 15))", place(), "the patches' grid is (14, 14), which is no finer"),
     ("tomesd(sx=15)", place(), "one cell is larger than the grid (14, 14)"),
 ]
+
+
+@pytest.mark.parametrize("depth", range(1, 34))
+@pytest.mark.parametrize("name", ["sparsevlm", "hidrop", "aim"])
+def test_a_schedule_fits_a_model_of_any_depth(name, depth):
+    steps, shares = method(name).steps(depth), method(name).shares
+    assert steps == sorted(steps)
+    assert len(steps) == len(shares)
+    assert all(0 <= step < depth for step in steps)
+    if name == "hidrop" and depth > 2:
+        (enter,) = [layer for layer in range(depth) if method(name).restores(layer, depth)]
+        assert enter > 0
+        assert method(name).needs_at(enter, depth) == ("visual",)
 
 
 @pytest.mark.parametrize("recipe, where, message", REFUSED)

@@ -28,6 +28,11 @@ def test_method_keeps_the_contract(name):
 
 VARIANTS = [
     "evit(keep=0.4, fuse=False)",
+    "aim(keep=[0.5, 0.7, 0.3], layers=[0, 4, 9])",
+    "aim(keep=[1, 0.5], layers=[0, 7])",
+    "hidrop(keep=[0.5, 0.25], layers=[4, 9])",
+    "hidrop(keep=[0, 1, 0.5], layers=[0, 3, 6])",
+    "sparsevlm(keep=0.4, layers=5)",
     "evit(ratio=0.9)",
     "expedit(layer=-1, grid=(3, 2), iterations=1, window=1, top_k=1)",
     "expedit(layer=0, grid=(5, 6), tau=0.1, window=3)",

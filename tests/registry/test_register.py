@@ -25,6 +25,15 @@ BUILT_IN = {
     "fastv": "prune",
     "pyramiddrop": "prune",
     "adaptinfer": "prune",
+    "aim": "prune",
+    "hidrop": "prune",
+    "sparsevlm": "prune",
+    "visionzip": "prune",
+    "corematching": "prune",
+    "elastic_pool": "merge",
+    "todre": "prune",
+    "zoo_prune": "prune",
+    "catp": "prune",
     "token_sparse_attention": "sparsify",
 }
 

@@ -31,7 +31,7 @@ class AIM(Staircase):
 
     keep     fractions of the visual tokens that are left: the first by merging, a half, a quarter and so on, or 1; the
              others by dropping, of those that merging left, rounded. The released code's
-    layers   None is 0 for merging and 15 to 22 of 28 (it scores in 14 to 21); the first must be 0 where it merges
+    layers   None is 0 for merging and 15 to 22 of 28 (it scores in 14 to 21)
     """
 
     keep: list[float] | tuple[float, ...] | float = (1 / 4, *(1 - step / 8 for step in range(1, 9)))
