@@ -185,7 +185,7 @@ def test_a_text_of_which_nothing_is_left_out_is_too_short() -> None:
     assert codes(decoder(), "token_sparse_attention()", IDS) == ["too-short"] * 2
     assert "30 tokens: token_sparse_attention leaves nothing out of fewer than 1153" in rows()[1].refusal.reason
     torch.compiler.reset()
-    with pytest.raises(BackendCompilerFailed, match="StrictError: .*too-short"):
+    with pytest.raises(BackendCompilerFailed, match=r"StrictError: .*too-short"):
         codes(decoder(), "token_sparse_attention()", IDS, strict=True)
 
 

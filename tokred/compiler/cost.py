@@ -23,7 +23,7 @@ from tokred.registry.attention import AttentionRewrite
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place
 
-__all__ = ["Costs", "Gate", "Prediction", "predict_attention"]
+__all__ = ["Costs", "Gate", "Prediction", "pays_from", "predict_attention"]
 
 LONGEST = 1 << 24  # tokens: farther than any prompt
 
@@ -172,7 +172,7 @@ class Gate:
         machine = self.machine or Machine.of(node.meta["val"].device)
         tokens = sizes_now(Op(node).operand("query"))[2]
         found = predict_attention(method, node, tokens, machine)
-        start = _pays_from(lambda n: predict_attention(method, node, n, machine).pays, method.shortest or 1)
+        start = pays_from(lambda n: predict_attention(method, node, n, machine).pays, method.shortest or 1)
         words = f"{found}; {'never pays' if start is None else f'pays from {start} tokens on'}"
         words = f"{words}, {method.assumes}" if method.assumes else words
         if found.pays or not self.refuse:
@@ -196,7 +196,7 @@ def predict_attention(method: AttentionRewrite, node: fx.Node, tokens: int, mach
     )
 
 
-def _pays_from(pays: Callable[[int], bool], shortest: int) -> int | None:
+def pays_from(pays: Callable[[int], bool], shortest: int) -> int | None:
     """The number of tokens from which on a method pays; None if it does not at any length up to LONGEST."""
     low, high = shortest - 1, shortest
     while not pays(high):
