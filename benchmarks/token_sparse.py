@@ -6,7 +6,9 @@ Queries and keys are synthetic, in two ways. `peaked`: as attention in long text
 (the first key), a sense of nearness, and a few keys that matter to all queries: a query is a head's own direction plus
 noise, a key has that direction in a log-normal amount, the sink most of it; nearness is a rotation of four channels by
 position. How uneven the amounts are (`--spread`) is chosen, not measured: 0.7 makes about half of 16K tokens attend,
-which is what the paper's speed-up implies. `random`: independent normal numbers, where no token matters more than another and almost none is left out.
+which is what the paper's speed-up implies. `random`: independent normal numbers, where no token matters more than
+another and almost none is left out.
+
 For each, the rows that attended (the realised share of the tokens), the probability mass of the last queries that they
 hold, and the time; then what tokred's cost model predicts on this machine, and from how many tokens on.
 """
