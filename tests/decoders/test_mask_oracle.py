@@ -128,7 +128,7 @@ def test_generation_goes_on_behind_late_injection() -> None:
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [(name, "fastv(layer=2, keep=0.5)") for name in ("llama", "qwen3", "gemma3", "llava", "internvl")]
-    + [(name, "todre(keep=0.4)") for name in ("llama", "llava")],  # no layer is whole, the last has no visual tokens
+    + [(name, "todre(keep=0.4)") for name in ("llama", "llava")],  # every cache is cut
 )
 def test_generation_goes_on_behind_a_pruned_prefill(name: str, recipe: str) -> None:
     inputs = prompts(4, model=name)

@@ -27,6 +27,7 @@ def test_method_keeps_the_contract(name):
 
 
 VARIANTS = [
+    "catp(keep=0.3, weight=5)",
     "evit(keep=0.4, fuse=False)",
     "aim(keep=[0.5, 0.7, 0.3], layers=[0, 4, 9])",
     "aim(keep=[1, 0.5], layers=[0, 7])",
@@ -42,11 +43,14 @@ VARIANTS = [
     "pool(keep=0.03)",
     "pool(ratio=0.1)",
     "random(keep=0.7, seed=3)",
+    "todre(keep=0.5, exit=None)",
+    "todre(keep=0.5, layers=[0, 3, 11])",
     "tofu(r=(9, -0.5))",
     "tome(r=100, order='preserve')",
     "tome(r=[0, 0, 3], prop_attn=False)",
     "tomesd(ratio=0.9, sx=3, sy=1, use_rand=False)",
     "tomesd(ratio=0.7, seed=1)",
+    "zoo_prune(keep=0.4, layer=2)",
 ]
 
 
