@@ -136,6 +136,14 @@ OTHERS = [
     "tomesd(use_rand=1)",
     "tomesd(merge_attn=None)",
     "tomesd(seed='x')",
+    "todre(exit=0)",
+    "todre(exit=True)",
+    "todre(exit='late')",
+    "todre(layer=-1)",
+    "zoo_prune(keep=0)",
+    "catp(weight=-1)",
+    "catp(weight=True)",
+    "catp(ratio=1)",
 ]
 OTHERS += [
     f"{name}(keep={keep})"
