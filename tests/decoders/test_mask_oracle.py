@@ -158,3 +158,18 @@ def test_inductor_generates_what_the_rewritten_graph_does(recipe: str) -> None:
             cache = model(**inputs).past_key_values
             logits.append(model(**step, past_key_values=cache).logits)
     assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_cut_in_front_of_the_last_layer_is_made_if_only_the_last_logits_are_read(whole: bool) -> None:
+    inputs = prompts(model="llama")
+    plain = reference("llama")
+    dropped = oracle.fastv(4, 0.5)(plain, inputs, visual("llama", inputs))
+    with torch.no_grad(), oracle.masked(dropped):
+        wanted = plain(**inputs, use_cache=False).logits[:, -1:]
+    model = tokred.compile(build("llama"), "fastv(layer=4, keep=0.5)", **options("llama"))
+    with torch.no_grad():
+        output = model(**inputs, logits_to_keep=0 if whole else 1)
+    assert output.past_key_values.layers[-1].rows.tolist() == survivors(dropped, 3)[0]
+    assert (output.logits[:, -1:] - wanted).abs().max() < 1e-9 * wanted.abs().max()

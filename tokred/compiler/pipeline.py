@@ -13,7 +13,7 @@ from torch import fx
 
 from tokred.backends import lower
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import find_blocks, renumber
+from tokred.compiler.blocks import Blocks, find_blocks, renumber
 from tokred.compiler.caches import delivering
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
@@ -98,7 +98,6 @@ def transform(
 def _transform(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer, report: GraphReport, trace: bool
 ) -> Compiled:
-    from tokred.passes import exact_passes
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.reduce_tokens import reduce_tokens
     from tokred.passes.rewrite_attention import rewrite_attention
@@ -109,14 +108,14 @@ def _transform(
     axes = Axes(captured.graph)
     original = find_blocks(captured, axes)  # what the report lists: the model as the user wrote it
 
-    graph = captured
-    for name, exact, run in exact_passes(options):
-        graph = _timed(name, exact, run, graph, report)
-        observe(name, graph)
-    graph = _plugins("exact", options, graph, report, observe)
-
+    graph = _exact(captured, options, report, observe)
     axes = Axes(graph.graph) if graph is not captured else axes
     blocks = renumber(find_blocks(graph, axes), original) if graph is not captured else original
+    if _cuts_dead_layer(options, blocks):  # its cache would hold what the recipe drops
+        report.passes.clear()
+        graph = _exact(captured, options, report, observe, leave_out="drop_dead_tokens")
+        axes = Axes(graph.graph)
+        blocks = renumber(find_blocks(graph, axes), original)
     started = time.perf_counter()
     gate = Gate(graph, blocks, axes, refuse=options.gate)
     reduced = reduce_tokens(graph, blocks, axes, options, gate=gate, trace=trace)
@@ -145,6 +144,25 @@ def _transform(
     applied = list(reduced.applied.values())
     changed, computed = graph is not captured, list(rewritten.applied)
     return Compiled(graph, report, changed, applied, computed, reduced.caches, packing)
+
+
+def _exact(
+    graph: fx.GraphModule, options: Options, report: GraphReport, observe: Observer, leave_out: str = ""
+) -> fx.GraphModule:
+    from tokred.passes import exact_passes
+
+    for name, exact, run in exact_passes(options):
+        if name != leave_out:
+            graph = _timed(name, exact, run, graph, report)
+            observe(name, graph)
+    return _plugins("exact", options, graph, report, observe)
+
+
+def _cuts_dead_layer(options: Options, blocks: Blocks) -> bool:
+    """Whether a method cuts what enters a layer of which liveness left only the rows that are read."""
+    dead = [b for b in blocks.attentions if b.refusal is not None and b.refusal.code == "dead-tokens"]
+    cutting = [method for method in options.recipe.of(Reduction) if method.scope == "layer"]
+    return any(method.acts_on(b.layer, b.depth, b.module) for b in dead for method in cutting)
 
 
 def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packing | None:
