@@ -338,3 +338,15 @@ def test_the_report_lists_blocks_in_the_order_in_which_they_run() -> None:
     assert [(block.kind, block.layer) for block in graph.blocks] == [
         (kind, layer) for layer in range(3) for kind in ("attention", "mlp")
     ]
+
+
+def test_a_graph_that_cannot_be_captured_inside_a_vmap_is_compiled_unchanged() -> None:
+    """Dynamo's graph opens and closes the vmap by calls; a trace that fails between them must close it as well."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: (row * 2).sum())(x) + x.relu().sum()
+
+    x = torch.randn(3, 4)
+    fast = torch.compile(function, backend="tokred", options={"lower": "eager"})
+    assert torch.equal(fast(x), function(x))
+    assert "compiled unchanged" in tokred.reports().graphs[0].notes[0]

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tokred.compiler.caches import Kept, collect
 
 __all__ = ["PrunedLayer", "with_pruned_caches"]
+
+log = logging.getLogger("tokred")
 
 
 class PrunedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -72,15 +77,25 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
     _capture_outputs(model)
     vision = getattr(model.config, "vision_config", None) is not None
 
-    @wraps(model.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         # A VLM counts its image tokens with .item(); without these it would break into several graphs there.
         # An epsilon that another model of its class has otherwise would become a run-time number.
-        flags = torch._dynamo.config.patch(
-            capture_scalar_outputs=vision, capture_dynamic_output_shape_ops=vision, specialize_float=True
-        )
-        with collect() as kept, flags:
-            output = compiled(*args, **kwargs)
+        flags = {"capture_scalar_outputs": vision, "capture_dynamic_output_shape_ops": vision, "specialize_float": True}
+        with torch._dynamo.config.patch(flags):
+            return compiled(*args, **kwargs)
+
+    @wraps(model.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal vision
+        with collect() as kept:
+            try:
+                output = run(*args, **kwargs)
+            except (GuardOnDataDependentSymNode, UserError) as error:
+                if not vision:
+                    raise
+                vision = False  # this model decides on such numbers: better several graphs than none
+                log.info("%s: traced in pieces: %s", type(model).__name__, str(error).split("\n", 1)[0])
+                output = run(*args, **kwargs)
         cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
         if kept and cache is not None:
             _adopt(cache, kept)

@@ -10,7 +10,7 @@ import transformers as hf
 from torch._dynamo.exc import BackendCompilerFailed
 
 import tokred
-from tests.decoders.models import IMAGE, LENGTH, SIZES, SPAN, build, prompts
+from tests.decoders.models import IMAGE, LENGTH, SIZES, SPAN, VISION, build, prompts
 from tokred.errors import OptionError
 from tokred.generation import PrunedLayer
 
@@ -83,6 +83,63 @@ def test_steps_that_extend_a_cache_are_no_failure_under_strict_and_verify() -> N
     assert ids.shape == (3, LENGTH + 3)
     codes = {b.refusal.code for graph in tokred.reports().graphs[1:] for b in graph.blocks if b.refusal}
     assert codes == {"decode"}
+
+
+def test_all_tokens_of_a_sequence_are_never_dropped() -> None:
+    assert refusals(build("llama"), "fastv(keep=0.01)", {"spans": {"visual": (0, LENGTH)}}) == ["nothing-left"]
+
+
+@pytest.mark.slow
+def test_all_tokens_of_an_image_may_be_dropped() -> None:
+    inputs = prompts(2, model="llava")
+    with torch.no_grad():
+        output = tokred.compile(build("llava"), "fastv(keep=0.01)", lower="eager")(**inputs)  # round(0.16) of 16
+    text = [row.nonzero().squeeze(-1).tolist() for row in inputs["input_ids"] != IMAGE]
+    assert [layer.rows.tolist() for layer in output.past_key_values.layers[2:]] == [text] * 3
+    assert output.logits.shape[1] == LENGTH and bool(output.logits.isfinite().all())
+
+
+def test_a_prompt_without_an_image_has_no_visual_span() -> None:
+    model, inputs = build("llava"), prompts(2)  # no image tokens and no pixels
+    with torch.no_grad():
+        logits = tokred.compile(model, "fastv(keep=0.5)", lower="eager")(**inputs).logits
+        assert torch.equal(logits, model(**inputs).logits)
+    blocks = [block for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
+    assert [block.refusal.code for block in blocks if block.refusal] == ["no-visual-span"]
+
+
+@pytest.mark.parametrize("options", [{}, {"spans": {"visual": (1, 17)}}])
+def test_methods_that_read_a_prompt_are_refused_in_an_image_encoder(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = hf.ViTModel(hf.ViTConfig(**VISION | {"num_hidden_layers": 4})).double().eval()
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        result = tokred.compile(model, "fastv()", lower="eager", exact=False, **options)(pixels).last_hidden_state
+        assert torch.equal(result, model(pixels).last_hidden_state)
+    blocks = [block for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
+    assert [block.refusal.code for block in blocks if block.refusal] == ["no-visual-span"]
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_traced_whole_is_traced_in_pieces() -> None:
+    """Qwen2-VL reads lengths as numbers and splits by them: with Dynamo's flags for that, tracing fails."""
+    text = SIZES | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    special = {"image_token_id": IMAGE, "video_token_id": 95, "vision_start_token_id": 96, "vision_end_token_id": 97}
+    torch.manual_seed(0)
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+    model = hf.Qwen2VLForConditionalGeneration(config).double().eval()
+    ids = torch.randint(3, 90, (1, 10))
+    ids[0, 2:6] = IMAGE
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, dtype=torch.float64),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+    with torch.no_grad():
+        logits = tokred.compile(model, "fastv(keep=0.5)", lower="eager")(**inputs).logits
+        torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-9, atol=1e-9)
 
 
 def test_samples_with_different_numbers_of_image_tokens_are_an_error() -> None:

@@ -46,9 +46,12 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     inputs = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
     if detect_fake_mode(inputs) is None:
         raise CaptureFailed("no tensor among the inputs")
+    depth = len(torch._C._functorch.get_interpreter_stack() or ())
     try:
         exported = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
     except Exception as error:
+        # a graph that holds the opening and closing of a vmap was left between them
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     traced, signature = cast(fx.GraphModule, exported[0]), exported[1]
     _restore_attributes(traced, gm, signature)

@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
         if operation is None and expr.func.__name__ in ("FloorDiv", "CleanDiv"):
             operation = operator.floordiv
         if operation is None:
-            raise ValueError(f"no tensor shows the run-time size {expr}")
+            return self._given(expr)
         parts = [self._size(part) for part in expr.args]
         total = parts[0]
         for part in parts[1:]:
@@ -117,6 +117,20 @@ class _Recorder(TorchDispatchMode):
             node.meta["val"] = operation(_number(total), _number(part))
             total = node
         return total
+
+    def _given(self, expr: sympy.Expr) -> Any:
+        """A run-time size that no tensor of this code shows any more: an input of the graph is it, or has it."""
+        for node in self.graph.find_nodes(op="placeholder"):
+            value: Any = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == expr:
+                return node
+            sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else []
+            for dim, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt) and size.node.expr == expr:
+                    made = self.graph.call_function(aten.sym_size.int, (node, dim))
+                    made.meta["val"] = size
+                    return made
+        raise ValueError(f"no tensor shows the run-time size {expr}")
 
 
 def _number(part: Any) -> Any:

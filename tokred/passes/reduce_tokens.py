@@ -202,6 +202,8 @@ class _Run:
             removed = method.removed(place)
             if isinstance(removed, int) and removed <= 0:
                 return None
+            if isinstance(left := place.tokens - removed, int) and left <= 0:
+                return refuse("nothing-left", f"{method.name} would remove all {place.tokens} tokens", block)
             refusal = self.gate(block, method, place, removed, suffix)
             if refusal is not None:
                 return refusal
