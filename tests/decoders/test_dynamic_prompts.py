@@ -19,7 +19,7 @@ def _fresh() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("name", ["llama", "llava"])
 def test_a_new_prompt_length_compiles_once_more_and_then_never(name: str) -> None:
     model, options = build(name), {} if name in VLMS else {"spans": {"visual": SPAN}}
     fast = tokred.compile(model, "fastv(layer=2, keep=0.5)", lower="eager", **options)
