@@ -22,7 +22,7 @@ from tokred.demo.mosaic.model import CHECKPOINT, load
 
 HERE = Path(__file__).parent
 PAGE, FILE = HERE.parent / "docs" / "mosaic.md", HERE / "results" / "mosaic.json"
-MOSAICS, SEED = 400, 0  # 1200 questions, all about held-out digits
+MOSAICS, SEED = 200, 0  # 600 questions, all about held-out digits
 ROUNDS = 11
 
 INTRODUCTION = """\

@@ -208,12 +208,12 @@ def test_every_recipe_can_be_read_and_a_method_that_is_not_registered_is_left_ou
 @pytest.mark.slow
 def test_recipes_of_a_level_have_about_the_same_tokens(model):
     few = samples(20)
-    for level, wanted in ((50, 62.5), (75, 43.75), (90, 32.5)):
-        for row in recipes((level,))[1:]:
-            visual = score(model, few, row).visual
-            assert abs(sum(visual) / len(visual) - wanted) < 1, row.recipe
+    for row in recipes((75,))[1:]:
+        visual = score(model, few, row).visual
+        assert abs(sum(visual) / len(visual) - 43.75) < 1, row.recipe
 
 
+@pytest.mark.slow
 def test_rows_are_scored_and_written(model, tmp_path):
     few = samples(20)
     dense, cut = (score(model, few, row) for row in recipes((75,)) if row.recipe in (EXACT, RECIPES["fastv"][1]))

@@ -70,7 +70,7 @@ class Bank:
         """Some image of each of `cells` [M], which are digits: [M 8 8]."""
         sizes = torch.tensor([len(rows) for rows in self.rows])[cells]
         which = (torch.rand(len(cells), generator=generator) * sizes).long()
-        table = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
+        table = torch.nn.utils.rnn.pad_sequence(list(self.rows), batch_first=True)
         return self.images[table[cells, which]]
 
 
