@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return samples(120, seed=5)
+    return samples(100, seed=5)
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +128,8 @@ def test_the_accuracy_comes_from_the_weights_and_from_the_image(model, held_out)
     blank = replace(held_out, pixel_values=torch.full_like(held_out.pixel_values, -1.0))
     assert overall(model, blank) < 0.5
     broken = load()
-    torch.nn.init.zeros_(broken.model.language_model.layers[1].self_attn.v_proj.weight)
-    assert overall(broken, held_out) < 0.8 * overall(model, held_out)
+    torch.nn.init.zeros_(broken.model.multi_modal_projector.linear_2.weight)
+    assert overall(broken, held_out) < 0.5
 
 
 def test_an_answer_does_not_depend_on_padding_or_on_the_batch(model):
@@ -157,6 +157,14 @@ def test_the_example_is_of_the_size_asked_for():
     _, args, inputs = example(batch=5)
     assert args == ()
     assert {len(value) for value in inputs.values()} == {5}
+
+
+@pytest.mark.slow
+def test_the_example_is_explained_as_one_graph():
+    model, _, inputs = example(batch=2)
+    (graph,) = tokred.explain(model, recipe="fastv(layer=2, keep=0.25)", **inputs).graphs
+    (cut,) = [block for block in graph.blocks if block.method and block.refusal is None]
+    assert (cut.module, cut.tokens) == ("model.language_model.layers.2.self_attn", (110, 35))
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokred.demo.mosaic.data import BOS, EOS, IMAGE, PAD, PATCH, SIDE, WORDS, samples
@@ -59,7 +60,10 @@ def load(path: Path = CHECKPOINT) -> Any:
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     generation = model.generation_config
     generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
-    return model.eval()
+    model.eval()
+    with torch.no_grad():  # transformers installs hooks at its first call, where Dynamo would break the graph
+        model(**samples(1).inputs(slice(1)))
+    return model
 
 
 def example(batch: int = 24) -> tuple[Any, tuple[()], dict[str, Tensor]]:
