@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +32,21 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
         return _traced(done, gm)
 
     plain = getattr(model, "_orig_mod", model)  # a model that is compiled already is explained as it was before
-    # A generating VLM is one graph with what `tokred.compile` sets for it (tokred/generation.py), several without.
-    vision = getattr(plain, "can_generate", bool)() and getattr(plain.config, "vision_config", None) is not None
-    flags: dict[str, Any] = dict.fromkeys(("capture_scalar_outputs", "capture_dynamic_output_shape_ops"), True)
     # Dynamo counts what else this model was compiled with, and would run the ninth variant as it stands.
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
-    with torch.no_grad(), torch._dynamo.config.patch(**limits, **(flags if vision else {})):
+    with torch.no_grad(), torch._dynamo.config.patch(limits), _as_compiled(plain):
         compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
         compiled(*args, **kwargs)
     return Report(graphs)
+
+
+def _as_compiled(model: Any) -> AbstractContextManager[None]:
+    """What `tokred.compile` sets for a generating model."""
+    if not getattr(model, "can_generate", bool)():
+        return nullcontext()
+    from tokred.generation import traced_whole
+
+    return traced_whole(model)
 
 
 def _traced(done: Compiled, gm: fx.GraphModule) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tokred.compiler.caches import Kept, collect
 
-__all__ = ["PrunedLayer", "with_pruned_caches"]
+__all__ = ["PrunedLayer", "traced_whole", "with_pruned_caches"]
 
 log = logging.getLogger("tokred")
 
@@ -74,14 +75,10 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
     result.__dict__.pop("_compiled_call_impl", None)
     compiled = compile_forward(model.forward)
     _mask_by_cache(model)
-    _capture_outputs(model)
-    vision = getattr(model.config, "vision_config", None) is not None
+    vision = _sees(model)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # A VLM counts its image tokens with .item(); without these it would break into several graphs there.
-        # An epsilon that another model of its class has otherwise would become a run-time number.
-        flags = {"capture_scalar_outputs": vision, "capture_dynamic_output_shape_ops": vision, "specialize_float": True}
-        with torch._dynamo.config.patch(flags):
+        with traced_whole(model, vision=vision):
             return compiled(*args, **kwargs)
 
     @wraps(model.forward)
@@ -105,6 +102,22 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
     return result
 
 
+@contextmanager
+def traced_whole(model: Any, *, vision: bool | None = None) -> Iterator[None]:
+    """Inside, Dynamo makes one graph of a generating model where it would break a VLM's into several."""
+    _capture_outputs(model)
+    vision = _sees(model) if vision is None else vision
+    # A VLM counts its image tokens with .item(). An epsilon that another model of its class has otherwise would become
+    # a run-time number.
+    flags = {"capture_scalar_outputs": vision, "capture_dynamic_output_shape_ops": vision, "specialize_float": True}
+    with torch._dynamo.config.patch(flags):
+        yield
+
+
+def _sees(model: Any) -> bool:
+    return getattr(model.config, "vision_config", None) is not None
+
+
 def _capture_outputs(model: nn.Module) -> None:
     """Let transformers install its hooks for hidden states now: in the first forward its lock would break the graph."""
     try:
@@ -112,8 +125,19 @@ def _capture_outputs(model: nn.Module) -> None:
     except ImportError:  # an older transformers has none
         return
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            maybe_install_capturing_hooks(module)
+        if isinstance(module, PreTrainedModel) and _may_capture(type(module).forward):
+            inner = [part for part in module.modules() if getattr(part, "_output_capturing_hooks_installed", False)]
+            if not inner:  # else they would be installed there a second time
+                maybe_install_capturing_hooks(module)
+
+
+def _may_capture(forward: Any) -> bool:
+    """Whether transformers would install its hooks when this forward is called."""
+    while forward is not None:
+        if "maybe_install_capturing_hooks" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def _adopt(cache: Any, kept: list[Kept]) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokred.demo.mosaic.data import BOS, EOS, IMAGE, PAD, PATCH, SIDE, WORDS, samples
@@ -60,10 +59,7 @@ def load(path: Path = CHECKPOINT) -> Any:
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     generation = model.generation_config
     generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, EOS
-    model.eval()
-    with torch.no_grad():  # transformers installs hooks at its first call, where Dynamo would break the graph
-        model(**samples(1).inputs(slice(1)))
-    return model
+    return model.eval()
 
 
 def example(batch: int = 24) -> tuple[Any, tuple[()], dict[str, Tensor]]:

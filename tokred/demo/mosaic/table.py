@@ -34,7 +34,7 @@ LAYER_1 = 'layers="*language_model.layers.1.*"'  # not the vision tower's
 
 # One recipe for each level. A method with one cut acts between layers 1 and 2 of 8, as FastV proposes, so 100 tokens in
 # two layers and what is kept in six: 62.5, 43.75 or 32.5 on average. One with several cuts has about the same average,
-# so that the methods meet at equal cost in each row's group, and leaves fewer in the end.
+# so that the methods meet at about equal cost in each row's group, and leaves fewer in the end.
 RECIPES: dict[str, tuple[str, str, str]] = {
     "random": (f"random(keep=0.5, {LAYER_1})", f"random(keep=0.25, {LAYER_1})", f"random(keep=0.1, {LAYER_1})"),
     "norm": (f"norm(keep=0.5, {LAYER_1})", f"norm(keep=0.25, {LAYER_1})", f"norm(keep=0.1, {LAYER_1})"),
@@ -45,6 +45,33 @@ RECIPES: dict[str, tuple[str, str, str]] = {
         "adaptinfer(keep=[0.6, 0.35, 0.2])",
         "adaptinfer(keep=[0.5, 0.2, 0.07])",
     ),
+    "sparsevlm": (
+        "sparsevlm(keep=[0.75, 0.55, 0.45])",
+        "sparsevlm(keep=[0.5, 0.4, 0.2625])",
+        "sparsevlm(keep=[0.4, 0.2, 0.2])",
+    ),
+    "corematching": (
+        "corematching(layer=2, keep=0.5)",
+        "corematching(layer=2, keep=0.25)",
+        "corematching(layer=2, keep=0.1)",
+    ),
+    "hidrop": (
+        "hidrop(keep=[0, 1, 0.75, 0.5, 0], layers=[0, 1, 3, 5, 7])",
+        "hidrop(keep=[0, 1, 0.5, 0.25, 0], layers=[0, 1, 3, 5, 7])",
+        "hidrop(keep=[0, 1, 0.2, 0.1, 0], layers=[0, 1, 3, 5, 7])",
+    ),
+    # In front of layer 0, so all layers run on what is kept, which is less on average than above.
+    "todre": ("todre(keep=0.5)", "todre(keep=0.25)", "todre(keep=0.1)"),
+    "zoo_prune": ("zoo_prune(keep=0.5)", "zoo_prune(keep=0.25)", "zoo_prune(keep=0.1)"),
+    "catp": ("catp(keep=0.5)", "catp(keep=0.25)", "catp(keep=0.1)"),
+    "visionzip": ("visionzip(keep=0.5)", "visionzip(keep=0.25)", "visionzip(keep=0.1)"),
+    "aim": (
+        "aim(keep=[0.5, 0.8, 0.6, 0.4], layers=[0, 4, 5, 6])",
+        "aim(keep=[0.25, 0.8, 0.6, 0.4], layers=[0, 4, 5, 6])",
+        "aim(keep=[0.125, 0.8, 0.6, 0.4], layers=[0, 4, 5, 6])",
+    ),
+    "elastic_pool": ("elastic_pool(tokens=49)", "elastic_pool(tokens=25)", "elastic_pool(tokens=9)"),
+    "pool": (f"pool(keep=0.5, {LAYER_1})", f"pool(keep=0.25, {LAYER_1})", f"pool(keep=0.1, {LAYER_1})"),
 }
 
 
