@@ -38,15 +38,18 @@ is the most likely of all words.
 
 - **removed**: of the image's tokens, per cent. A method with one cut removes them between layers 1 and 2 of the
   language model. One with several cuts has about as many tokens on average over the layers (so about the same cost),
-  and fewer in the end.
+  and fewer in the end. `todre`, `zoo_prune`, `catp`, `visionzip`, `aim` and `elastic_pool` act in front of layer 0: all
+  layers run on what is left, which costs less than the others on the same line of per cent (see the mean).
 - **{kinds}**: accuracy for each kind of question; {questions} questions, a third of each
   kind. The standard error of a kind's accuracy is at most {error:.1f} points.
 - **image tokens**: what the layers' caches hold, on average over the layers and in the last.
 - **FLOPs**: of the whole prefill, vision tower included, after the rewrite relative to before, from tokred's report.
 - **prefill**, **end to end**: how many times faster than `backend="inductor"`; batch {batch}, the ratio of medians of
   {rounds} interleaved calls. End to end is `generate()` of {words} words. Empty: not measured.
-- `random` and `norm` are baselines, no paper claims them. They act behind layer 1's attention, a little earlier than
-  `fastv`.
+- `random`, `norm` and `pool` are baselines, no paper claims them. They act behind layer 1's attention, a little earlier
+  than `fastv`.
+- Schedules that a paper gives for a deep model are spread over these 8 layers, and nothing was tuned to this table.
+  `hidrop` is for models that were trained with it, which this one was not.
 """
 
 
