@@ -49,7 +49,8 @@ is the most likely of all words.
 - `random`, `norm` and `pool` are baselines, no paper claims them. They act behind layer 1's attention, a little earlier
   than `fastv`.
 - Schedules that a paper gives for a deep model are spread over these 8 layers, and nothing was tuned to this table.
-  `hidrop` is for models that were trained with it, which this one was not.
+  `hidrop` is for models that were trained with it, which this one was not. `todre` drops what is left in the last layer
+  unless `exit=None`; its paper does so only where a threshold on attention says that it will not matter.
 """
 
 

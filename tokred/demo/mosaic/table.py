@@ -32,10 +32,10 @@ LEVELS = (50, 75, 90)  # per cent of the image's tokens removed
 EXACT = "exact passes only"
 LAYER_1 = 'layers="*language_model.layers.1.*"'  # not the vision tower's
 
-# One recipe for each level. A method with one cut acts between layers 1 and 2 of 8, as FastV proposes, so 100 tokens in
+# One recipe for each level, or two. A method with one cut acts between layers 1 and 2 of 8, as FastV proposes, so 100 tokens in
 # two layers and what is kept in six: 62.5, 43.75 or 32.5 on average. One with several cuts has about the same average,
 # so that the methods meet at about equal cost in each row's group, and leaves fewer in the end.
-RECIPES: dict[str, tuple[str, str, str]] = {
+RECIPES: dict[str, tuple[str, ...]] = {
     "random": (f"random(keep=0.5, {LAYER_1})", f"random(keep=0.25, {LAYER_1})", f"random(keep=0.1, {LAYER_1})"),
     "norm": (f"norm(keep=0.5, {LAYER_1})", f"norm(keep=0.25, {LAYER_1})", f"norm(keep=0.1, {LAYER_1})"),
     "fastv": ("fastv(layer=2, keep=0.5)", "fastv(layer=2, keep=0.25)", "fastv(layer=2, keep=0.1)"),
@@ -61,7 +61,10 @@ RECIPES: dict[str, tuple[str, str, str]] = {
         "hidrop(keep=[0, 1, 0.2, 0.1, 0], layers=[0, 1, 3, 5, 7])",
     ),
     # In front of layer 0, so all layers run on what is kept, which is less on average than above.
-    "todre": ("todre(keep=0.5)", "todre(keep=0.25)", "todre(keep=0.1)"),
+    "todre": (
+        *("todre(keep=0.5)", "todre(keep=0.25)", "todre(keep=0.1)"),
+        *("todre(keep=0.5, exit=None)", "todre(keep=0.25, exit=None)", "todre(keep=0.1, exit=None)"),
+    ),
     "zoo_prune": ("zoo_prune(keep=0.5)", "zoo_prune(keep=0.25)", "zoo_prune(keep=0.1)"),
     "catp": ("catp(keep=0.5)", "catp(keep=0.25)", "catp(keep=0.1)"),
     "visionzip": ("visionzip(keep=0.5)", "visionzip(keep=0.25)", "visionzip(keep=0.1)"),
@@ -103,7 +106,8 @@ def recipes(levels: Sequence[int] = LEVELS) -> list[Row]:
     rows = [Row("dense", 0, EXACT)]
     for number, level in enumerate(LEVELS):
         if level in levels:
-            rows += [Row(name, level, each[number]) for name, each in RECIPES.items() if name in registered]
+            found = [(name, each[number :: len(LEVELS)]) for name, each in RECIPES.items() if name in registered]
+            rows += [Row(name, level, recipe) for name, each in found for recipe in each]
     return rows
 
 
