@@ -32,9 +32,9 @@ LEVELS = (50, 75, 90)  # per cent of the image's tokens removed
 EXACT = "exact passes only"
 LAYER_1 = 'layers="*language_model.layers.1.*"'  # not the vision tower's
 
-# One recipe for each level, or two. A method with one cut acts between layers 1 and 2 of 8, as FastV proposes, so 100 tokens in
-# two layers and what is kept in six: 62.5, 43.75 or 32.5 on average. One with several cuts has about the same average,
-# so that the methods meet at about equal cost in each row's group, and leaves fewer in the end.
+# One recipe for each level, or two. A method with one cut acts between layers 1 and 2 of 8, as FastV proposes, so 100
+# tokens in two layers and what is kept in six: 62.5, 43.75 or 32.5 on average. One with several cuts has about the same
+# average, so that the methods meet at about equal cost in each row's group, and leaves fewer in the end.
 RECIPES: dict[str, tuple[str, ...]] = {
     "random": (f"random(keep=0.5, {LAYER_1})", f"random(keep=0.25, {LAYER_1})", f"random(keep=0.1, {LAYER_1})"),
     "norm": (f"norm(keep=0.5, {LAYER_1})", f"norm(keep=0.25, {LAYER_1})", f"norm(keep=0.1, {LAYER_1})"),
