@@ -47,10 +47,17 @@ is the most likely of all words.
 - **prefill**, **end to end**: how many times faster than `backend="inductor"`; batch {batch}, the ratio of medians of
   {rounds} interleaved calls. End to end is `generate()` of {words} words. Empty: not measured.
 - `random`, `norm` and `pool` are baselines, no paper claims them. They act behind layer 1's attention, a little earlier
-  than `fastv`.
+  than `fastv`, or behind layer 0's, a little later than what acts in front of it.
 - Schedules that a paper gives for a deep model are spread over these 8 layers, and nothing was tuned to this table.
   `hidrop` is for models that were trained with it, which this one was not. `todre` drops what is left in the last layer
   unless `exit=None`; its paper does so only where a threshold on attention says that it will not matter.
+
+What the table of 2026-11-23 shows. On "which digit is at" the methods that ask what the prompt's last token looks at
+(`fastv`, `pyramiddrop`, `hidrop`) beat `random` clearly; `adaptinfer` and `sparsevlm`, which ask all words of the
+question, and `corematching`, which asks neurons, do not in this model. On "how many" no diversity method (`todre`,
+`zoo_prune`, `catp`) beats `random`: in front of layer 0 a token that is dropped has told nobody what it saw, while
+behind one or two layers the others already know. `visionzip` relies on the class token, whose attention this model
+learned from an auxiliary loss only. Merging neighbours (`pool` 50 %, `aim` 50 %) loses next to nothing.
 """
 
 

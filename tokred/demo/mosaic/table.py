@@ -30,13 +30,17 @@ WORDS = 4  # generated for the end-to-end time: an answer, and what follows
 ROUNDS = 9
 LEVELS = (50, 75, 90)  # per cent of the image's tokens removed
 EXACT = "exact passes only"
-LAYER_1 = 'layers="*language_model.layers.1.*"'  # not the vision tower's
+LAYER_0 = 'layers="*language_model.layers.0.*"'  # not the vision tower's
+LAYER_1 = 'layers="*language_model.layers.1.*"'
 
 # One recipe for each level, or two. A method with one cut acts between layers 1 and 2 of 8, as FastV proposes, so 100
 # tokens in two layers and what is kept in six: 62.5, 43.75 or 32.5 on average. One with several cuts has about the same
 # average, so that the methods meet at about equal cost in each row's group, and leaves fewer in the end.
 RECIPES: dict[str, tuple[str, ...]] = {
-    "random": (f"random(keep=0.5, {LAYER_1})", f"random(keep=0.25, {LAYER_1})", f"random(keep=0.1, {LAYER_1})"),
+    "random": (
+        *(f"random(keep=0.5, {LAYER_1})", f"random(keep=0.25, {LAYER_1})", f"random(keep=0.1, {LAYER_1})"),
+        *(f"random(keep=0.5, {LAYER_0})", f"random(keep=0.25, {LAYER_0})", f"random(keep=0.1, {LAYER_0})"),
+    ),
     "norm": (f"norm(keep=0.5, {LAYER_1})", f"norm(keep=0.25, {LAYER_1})", f"norm(keep=0.1, {LAYER_1})"),
     "fastv": ("fastv(layer=2, keep=0.5)", "fastv(layer=2, keep=0.25)", "fastv(layer=2, keep=0.1)"),
     "pyramiddrop": ("pyramiddrop(keep=0.691)", "pyramiddrop(keep=0.4525)", "pyramiddrop(keep=0.233)"),
