@@ -122,7 +122,7 @@ def test_merging_anything_else_is_refused() -> None:
     with torch.no_grad():
         compiled(**prompts(model="llava"))
     codes = {b.refusal.code for graph in tokred.reports().graphs for b in graph.blocks if b.refusal and b.method}
-    assert codes == {"causal", "no-visual-span"}  # the latter in the vision tower
+    assert codes == {"causal"}
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from tokred.compiler.report import GraphReport, Report
 TABLE = load_table()
 
 # Nothing removed, in the spelling that each method takes.
-NOTHING = (("r", 0), ("ratio", 0.0), ("keep", 1.0))
+NOTHING = (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0))
 
 
 def _nothing(method: str) -> str:

@@ -31,6 +31,8 @@ COPIES = {
     aten.contiguous.default,
     aten.expand.default,
     aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
     aten.detach.default,
     aten.alias.default,
     aten.slice.Tensor,

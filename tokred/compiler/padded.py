@@ -54,9 +54,9 @@ def by_padding(real: Compiled, packed: Made, dense: Made, worth: float) -> Compi
             (mask,) = real(*inputs)
             rows = mask.flatten().nonzero().squeeze(1)  # waits for the device: how many there are is needed here
             count, total = rows.shape[0], mask.numel()
-            if count < 2 or count > (1 - worth) * total:
-                return dense()(*inputs)
             place = (mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(mask)
+        if count < 2 or count > (1 - worth) * total:
+            return dense()(*inputs)
         return packed()(*inputs, rows, mask, place)
 
     return call
