@@ -153,7 +153,10 @@ def _count(blocks: list[BlockReport], kind: str) -> int:
 
 def _codes(graph: GraphReport) -> list[str]:
     refusals = [block.refusal for block in graph.blocks] + [
-        refusal for each in graph.passes for refusal in each.refusals
+        refusal
+        for each in graph.passes
+        if each.name != "pack_tokens"
+        for refusal in each.refusals  # no site
     ]
     return [refusal.code for refusal in refusals if refusal is not None]
 

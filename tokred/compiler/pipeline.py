@@ -130,7 +130,7 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    graph = _plugins("reduce", options, rewritten.graph, report, observe)
+    exact, graph = graph, _plugins("reduce", options, rewritten.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
 
     summarize(report, captured, original, blocks, axes, reduced, rewritten, graph)
@@ -138,7 +138,7 @@ def _transform(
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report, reduced, rewritten)
-    packing = _pack(graph, options, report)
+    packing = _pack(exact if options.recipe.methods else graph, options, report)  # a recipe's own masks hide no padding
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
