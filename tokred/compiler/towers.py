@@ -57,6 +57,8 @@ def find_tower(features: fx.Node, attentions: list[Attention]) -> Tower | None:
     """The tower that made these rows (the source of a masked_scatter); None where it does not show."""
     node, first, projector = features, 0, []
     while residual_of(node) is None:
+        if node.op != "call_function" or not node.args:
+            return None  # the features come from another graph
         source: Any = _whole(node) if node.target in (aten.cat.default, aten.stack.default) else node.args[0]
         if not isinstance(source, fx.Node) or tensor_meta(source) is None or tensor_meta(node) is None:
             return None
