@@ -109,6 +109,19 @@ def test_a_vision_language_model_is_one_graph() -> None:
     assert len(tokred.reports().graphs) == 1
 
 
+def test_a_tower_that_lost_tokens_of_its_own_is_none() -> None:
+    tokred.reset()
+    recipe = "norm(keep=0.5, layers='*vision_tower*0*') + visionzip(keep=0.5)"
+    model = tokred.compile(build("llava"), recipe, lower="eager")
+    with torch.no_grad():
+        model(**prompts(2, model="llava"))
+    blocks = [block for graph in tokred.reports().graphs for block in graph.blocks if block.method]
+    assert [(block.method.split("(")[0], block.refusal and block.refusal.code) for block in blocks] == [
+        ("norm", None),
+        ("visionzip", "no-vision-tower"),
+    ]
+
+
 def test_no_tower_is_seen_behind_shuffled_pixels() -> None:
     """InternVL makes one image token of four patches."""
     tokred.reset()

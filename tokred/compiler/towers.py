@@ -12,7 +12,6 @@ from torch import fx
 
 from tokred.compiler.attention import Attention
 from tokred.compiler.capture import is_parameter, tensor_meta
-from tokred.compiler.causal import is_causal
 from tokred.compiler.graphs import reaches
 from tokred.compiler.relations import Op, same
 from tokred.compiler.residual import residual_of
@@ -80,7 +79,7 @@ def find_tower(features: fx.Node, attentions: list[Attention]) -> Tower | None:
         node = source
     shape = tensor_meta(node).shape  # type: ignore[union-attr]
     behind = [b for b in attentions if b.join is not None and (b.join is node or reaches(b.join, node))]
-    if len(shape) != 3 or not behind or is_causal(behind[-1]) or behind[-1].form != "self":
+    if len(shape) != 3 or not behind or behind[-1].masks or behind[-1].causal or behind[-1].form != "self":
         return None
     fits = behind[-1].batch_dim == 0 and behind[-1].token_dim == 1 and same(behind[-1].tokens, shape[1])
     return Tower(behind[-1], node, first, tuple(reversed(projector))) if fits else None

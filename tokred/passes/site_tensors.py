@@ -50,7 +50,7 @@ class SiteTensors:
             )
         if span is not None and span.mask is not None:
             tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
-        wanted = {*method.needs_at(block.layer, block.depth), *method.uses}
+        wanted = set(method.needs_at(block.layer, block.depth))
         if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
@@ -64,12 +64,16 @@ class SiteTensors:
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
     def tower(self, span: Span) -> Encoder | None:
-        """The vision encoder behind a span."""
+        """The vision encoder behind a span, if it still has all of its own tokens."""
         if span.features is None:
             return None
         if span.features not in self.towers:
             self.towers[span.features] = find_tower(span.features, self.attentions)
-        return self.towers[span.features]
+        tower = self.towers[span.features]
+        if tower is None:
+            return None
+        seen = (tower.stream, tower.attention.query, tower.attention.key)
+        return None if any(self.lift.env[node].staged for node in seen) else tower
 
     def neurons(self, block: Attention) -> fx.Node | None:
         """What the last linear of the MLP before an attention reads, [B N F] or [B*N F]."""

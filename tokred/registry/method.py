@@ -75,14 +75,12 @@ class Reduction(Method):
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
              the layer itself, computed for the tokens that it would have had
-    uses     what it takes from the site where that has it, and does without elsewhere: "tower"
     merges   "visual": mixes tokens of the visual span with one another and with nothing else, and keeps all others in
              order. Under causal attention that leaks nothing into the text, if the span is one piece in every sample:
              asserted when the model runs
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
-    uses: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "persistent"
     probe: ClassVar[str] = "previous"
     averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
