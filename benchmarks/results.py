@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import tokred
@@ -40,6 +41,7 @@ DECODERS = {
 }
 COMPILE_TIME = "compile_time"
 PADDING = "minilm_padding"
+TOKEN_SPARSE = "token_sparse"
 
 INTRODUCTION = """\
 # Results
@@ -72,6 +74,8 @@ def run(name: str, rounds: int) -> str | None:
         command = [sys.executable, "-m", "benchmarks.compile_time", *target]
     elif name == PADDING:
         command = [sys.executable, "-m", "benchmarks.padding", "--rounds", str(rounds), *target]
+    elif name == TOKEN_SPARSE:  # seconds a call at 16K, so few rounds
+        command = [sys.executable, "-m", "benchmarks.token_sparse", "--rounds", str(min(rounds, 5)), *target]
     else:
         module, given = ("compare", CONFIGURATIONS) if name in CONFIGURATIONS else ("decoder", DECODERS)
         command = [sys.executable, "-m", f"benchmarks.{module}", *given[name], "--rounds", str(rounds), *target]
@@ -86,12 +90,11 @@ def render() -> str:
         path = FOLDER / f"{name}.json"
         title = f"## {name}\n\n"
         sections.append(title + (comparison(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"))
-    path = FOLDER / f"{PADDING}.json"
-    text = padding(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
-    sections.append("## Padding\n\n" + text)
-    path = FOLDER / f"{COMPILE_TIME}.json"
-    text = compile_time(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
-    sections.append("## Compile time\n\n" + text)
+    last = {"Padding": (PADDING, padding), "Long prompts": (TOKEN_SPARSE, token_sparse)}
+    for title, (name, text) in {**last, "Compile time": (COMPILE_TIME, compile_time)}.items():
+        path = FOLDER / f"{name}.json"
+        measured = text(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+        sections.append(f"## {title}\n\n{measured}")
     return "\n".join(sections)
 
 
@@ -122,6 +125,30 @@ def _measured(result: dict[str, Any], setting: str, largest: str) -> str:
     return "\n".join([heading, "", *lines, "", last, "", *checks, "", header(result)])
 
 
+def token_sparse(result: dict[str, Any]) -> str:
+    """`benchmarks/token_sparse.py` says what the inputs are."""
+    given = result["options"]
+    shape = f"{given['heads']} heads on {given['groups']} key heads of {given['width']} channels"
+    lines = [
+        f"token_sparse_attention, {shape}, batch 1, {given['dtype']}, {given['rounds']} rounds, against dense SDPA."
+    ]
+    lines += ["`attend` is the share of the tokens that a head attends to, `mass` what they hold of the last queries'"]
+    lines += ["probability; `predicted` is what the cost model says is saved, without having seen the input.", ""]
+    lines += ["| input | tokens | dense ms | sparse ms | attend | mass | saved ms | predicted | x dense | grouped |"]
+    lines += ["|---|" + "---:|" * 9]
+    for each in result["results"]:
+        dense, sparse = (1e3 * median(each["seconds"][name]) for name in ("dense", "sparse"))
+        realised, faster, predicted = each["realised"]["sparse"], each["speedup"], each["predicted"]
+        saved = 1e3 * (predicted["saves"] - predicted["costs"])
+        lines.append(
+            f"| {each['kind']} | {each['tokens']} | {dense:.0f} | {sparse:.0f} | {realised['share']:.1%} "
+            f"| {realised['mass']:.2%} | {dense - sparse:.0f} | {saved:.0f} "
+            f"| {faster['sparse']:.2f} | {faster['grouped']:.2f} |"
+        )
+    starts = f"Predicted to pay from {result['pays_from']} tokens on; `gate=True` refuses it below."
+    return "\n".join([*lines, "", starts, "", header(result)])
+
+
 def compile_time(result: dict[str, Any]) -> str:
     lines = ["| first call of a fresh process | s |", "|---|---:|"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in result["seconds"].items()]
@@ -141,7 +168,7 @@ def header(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = [*CONFIGURATIONS, *decoders(), PADDING, COMPILE_TIME]
+    names = [*CONFIGURATIONS, *decoders(), PADDING, TOKEN_SPARSE, COMPILE_TIME]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", nargs="+", choices=[*names, "all"], default=[])
     parser.add_argument("--rounds", type=int, default=21)
