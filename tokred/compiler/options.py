@@ -13,6 +13,7 @@ __all__ = ["Options", "parse_options"]
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 OUTPUTS = ("full", "reduced")
+POSITIONS = ("persistent", "compact")
 SPANS = ("visual",)
 
 
@@ -27,6 +28,7 @@ class Options:
     verify: bool = False
     lower: str = "inductor"
     outputs: str = "full"
+    positions: str = "persistent"
     passes: tuple[str, ...] = ()
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     dump: Path | None = None
@@ -49,7 +51,7 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None, *, co
     for name in ("exact", "gate", "strict", "verify"):
         if not isinstance(given.get(name, False), bool):
             raise OptionError(f"option {name}={given[name]!r}: True or False")
-    for name, values in (("lower", LOWERINGS), ("outputs", OUTPUTS)):
+    for name, values in (("lower", LOWERINGS), ("outputs", OUTPUTS), ("positions", POSITIONS)):
         if name in given and given[name] not in values:
             raise OptionError(f"option {name}={given[name]!r} is unknown.{nearest(str(given[name]), values)}")
     if not isinstance(given.get("inductor", {}), dict):

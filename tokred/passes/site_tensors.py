@@ -60,7 +60,7 @@ class SiteTensors:
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
         if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
-            self._run_ahead(block.anchor)
+            self.run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
     def tower(self, span: Span) -> Encoder | None:
@@ -123,7 +123,7 @@ class SiteTensors:
         if not isinstance(block.mask, fx.Node):
             return {}
         if block.mask not in self.lift.env:  # in front of the first layer, which reads it first
-            self._run_ahead(block.mask)
+            self.run_ahead(block.mask)
         node: fx.Node = (used.get("attn_mask") or self.lift.env[block.mask]).node
         mask = self._heads(node, self._order(block, block.mask), None)
         meta, tensors = mask.meta["val"], {"mask": self._rank4(mask)}
@@ -131,7 +131,7 @@ class SiteTensors:
             tensors["valid"] = self.lift.emit(_visible, mask)
         return tensors
 
-    def _run_ahead(self, last: fx.Node) -> None:
+    def run_ahead(self, last: fx.Node) -> None:
         """Run a node, such as an attention, before its input is cut. What nothing reads of that is dead code later."""
         env, needed, queue = self.lift.env, set(), [last]
         while queue:
@@ -174,6 +174,24 @@ class SiteTensors:
             mask if rank == 4 else self.lift.emit(lambda m: m.reshape((1,) * (4 - rank) + tuple(m.shape)), mask)
         )
         return result
+
+    def padding(self, block: Attention, stage: Stage) -> fx.Node | None:
+        """[B N] False for padding, at a stage of a block's axis, as its first attention shows it; None for none."""
+        first = self.layers[block.axis, block.form, 0]
+        if (first, "valid") not in self.prepared:
+            found = self._visibility(first, {}).get("valid")
+            if found is None:
+                return None
+            self.prepared[first, "valid"] = found
+        return self._at(stage, "valid", self.prepared[first, "valid"])
+
+    def _at(self, stage: Stage, name: Any, node: fx.Node) -> fx.Node:
+        """[B N] of the tokens of an axis, at a stage of it."""
+        for later in stage.chain[1:]:
+            if name not in later.cache:
+                later.cache[name] = self.lift.emit(lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), node, later.map)
+            node = later.cache[name]
+        return node
 
     # -- vision -------------------------------------------------------------------------------------------------------
 
