@@ -59,7 +59,7 @@ class Positions:
         return found
 
     def numbers(self, block: Attention) -> fx.Node | None:
-        """[B|1 N] or [N] the positions that a block's tables were computed from; None where they are not one number a token."""
+        """[B|1 N] or [N] the positions that a block's tables were computed from; None where a token has several."""
         queue = [table for node in self.turning(block) for table in node.all_input_nodes if table in self.tables]
         seen, found = set(queue), set()
         while queue:

@@ -11,18 +11,18 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from tokred.compiler.align import Value
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.caches import find_caches
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.causal import is_causal
-from tokred.compiler.align import Value
 from tokred.compiler.lift import Lift
 from tokred.compiler.options import Options
 from tokred.compiler.positions import CODE, Positions
 from tokred.compiler.report import Refusal
 from tokred.compiler.residual import residual_of
-from tokred.compiler.spans import Span, find_span
+from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Stage, rows_of
 from tokred.compiler.suffix import Suffix, follow
 from tokred.passes.site_tensors import SiteTensors, number, rows_at, tower_of
@@ -66,18 +66,27 @@ Gate = Callable[[Attention, Reduction, Place, Any, Suffix], Refusal | None]
 
 
 def reduce_tokens(
-    gm: fx.GraphModule, blocks: Blocks, axes: Axes, options: Options, *, gate: Gate, trace: bool = False
+    gm: fx.GraphModule,
+    blocks: Blocks,
+    axes: Axes,
+    options: Options,
+    *,
+    gate: Gate,
+    inputs: list[Any],
+    trace: bool = False,
 ) -> Reduced:
     """Apply the recipe to every site that admits it. What the graph returns is restored, but for KV caches.
 
+    inputs  the graph's inputs in this call
     trace   return, behind the graph's own results, [B N] for each site that acted: the row that each token went to
 
     A site whose method or rewrite raises is refused with that reason and the graph is lifted again without it, so the
     model always runs. Returns the captured graph itself where nothing acts.
     """
     barred: dict[tuple[Attention, str], Refusal] = {}
+    spans = Spans(gm, options.spans, inputs)
     while True:
-        run = _Run(gm, blocks, axes, options, gate, barred)
+        run = _Run(gm, blocks, axes, options, gate, barred, spans)
         try:
             reduced = run.go(trace=trace)
         except _SiteFailed as failure:
@@ -85,6 +94,7 @@ def reduce_tokens(
             continue
         if reduced.applied:
             return reduced
+        spans.forget()
         return Reduced(gm, {}, reduced.refused, anchors={block: block.anchor for block in blocks.attentions})
 
 
@@ -104,14 +114,15 @@ class _Run:
         options: Options,
         gate: Gate,
         barred: dict[tuple[Attention, str], Refusal],
+        spans: Spans,
     ):
         self.gm, self.blocks, self.axes, self.gate, self.barred = gm, blocks, axes, gate, barred
         self.options, self.methods = options, options.recipe.of(Reduction)
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
-        self.spans = {b: find_span(b, options.spans) for b in blocks.attentions}
-        self.tensors = SiteTensors(self.lift, axes, blocks)
+        self.spans = {b: spans.of(b, "visual") for b in blocks.attentions}
+        self.tensors = SiteTensors(self.lift, axes, blocks, spans)
         self.positions = Positions(gm)
         self.lift.aligner.tables = self.positions.tables
 
@@ -224,11 +235,10 @@ class _Run:
         if compact:
             self._assert_consecutive(block, stage)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
-        note = getattr(self.gate, "notes", {}).get(block, "")
-        if span is not None:
-            note = "; ".join(part for part in (f"visual rows from {span.found}", note) if part)
-        if compact:
-            note = "; ".join(part for part in (note, "compact positions") if part)
+        parts = [f"visual rows from {span.found}"] if span is not None else []
+        parts += self.tensors.labels.found(block, method)
+        parts += [getattr(self.gate, "notes", {}).get(block, ""), "compact positions" if compact else ""]
+        note = "; ".join(part for part in parts if part)
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 
@@ -287,7 +297,7 @@ class _Run:
         node = self.positions.numbers(block)
         if node is None:  # only the last attention's tokens are renumbered, for nobody
             return
-        valid = self.tensors.padding(block, stage)
+        valid = self.tensors.labels.padding(block, stage)
         count, message = stage.length, "tokred: positions='compact' of a prompt whose positions are not 0, 1, 2, ..."
 
         def check(numbers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
@@ -13,10 +14,11 @@ from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.relations import Op
 from tokred.compiler.residual import residual_of
-from tokred.compiler.spans import Span
+from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Rows, Stage
 from tokred.compiler.towers import Tower as Encoder
 from tokred.compiler.towers import find_tower
+from tokred.passes.labels import Labels
 from tokred.registry.maps import cut_weight
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place, Site, Tower
@@ -30,13 +32,13 @@ PROBED = {"keys", "queries", "class_token"}  # what comes from an attention's op
 class SiteTensors:
     """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
 
-    def __init__(self, lift: Lift, axes: Axes, blocks: Blocks):
+    def __init__(self, lift: Lift, axes: Axes, blocks: Blocks, spans: Spans):
         self.lift, self.axes, self.attentions = lift, axes, blocks.attentions
         self.mlps = {(mlp.axis, mlp.layer): mlp for mlp in blocks.mlps if mlp.axis}
         self.prepared: dict[tuple[Any, ...], fx.Node] = {}
         self.layers = {(b.axis, b.form, b.layer): b for b in blocks.attentions}
         self.towers: dict[fx.Node, Encoder | None] = {}
-        self.checked: dict[tuple[fx.Node, bool], fx.Node] = {}  # a span's mask -> itself behind its run-time checks
+        self.spans, self.labels = spans, Labels(self, spans)
 
     def of(self, block: Attention, method: Reduction, place: Place, value: Any, span: Span | None) -> dict[str, Any]:
         """By the names that `Site` gives them: [B H N D] or [B N C], in whichever order the graph has them."""
@@ -48,8 +50,10 @@ class SiteTensors:
                 if rows.lo or rows.hi
                 else rows.stage.size
             )
-        if span is not None and span.mask is not None:
-            tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
+        stage = rows.stage if rows is not None else Stage(value.shape[block.token_dim])
+        tensors["spans"] = self.labels.of(block, method, stage)
+        if span is not None and span.mask is not None and span.count is not None:
+            tensors["inside"] = self.labels.inside(span, rows, whole=method.merges == "visual" and is_causal(block))
         wanted = set(method.needs_at(block.layer, block.depth))
         if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
@@ -113,12 +117,12 @@ class SiteTensors:
             tensors["key"] = operand("key", block.key)
         if {"queries", "class_token"} & needs:
             tensors["query"] = operand("query", block.query)
-        seen = self._visibility(block, used)
+        seen = self.visibility(block, used)
         if not {"queries", "class_token"} & needs:
             seen.pop("mask", None)
         return tensors | seen
 
-    def _visibility(self, block: Attention, used: dict[str, Any]) -> dict[str, fx.Node]:
+    def visibility(self, block: Attention, used: dict[str, Any]) -> dict[str, fx.Node]:
         """The attention's mask [B|1 1|H 1|N N], and which tokens it shows to any query, [B N]."""
         if not isinstance(block.mask, fx.Node):
             return {}
@@ -175,24 +179,6 @@ class SiteTensors:
         )
         return result
 
-    def padding(self, block: Attention, stage: Stage) -> fx.Node | None:
-        """[B N] False for padding, at a stage of a block's axis, as its first attention shows it; None for none."""
-        first = self.layers[block.axis, block.form, 0]
-        if (first, "valid") not in self.prepared:
-            found = self._visibility(first, {}).get("valid")
-            if found is None:
-                return None
-            self.prepared[first, "valid"] = found
-        return self._at(stage, "valid", self.prepared[first, "valid"])
-
-    def _at(self, stage: Stage, name: Any, node: fx.Node) -> fx.Node:
-        """[B N] of the tokens of an axis, at a stage of it."""
-        for later in stage.chain[1:]:
-            if name not in later.cache:
-                later.cache[name] = self.lift.emit(lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), node, later.map)
-            node = later.cache[name]
-        return node
-
     # -- vision -------------------------------------------------------------------------------------------------------
 
     def _tower(self, tower: Encoder, batch: Any) -> dict[str, Any]:
@@ -244,10 +230,12 @@ class SiteTensors:
         value = self.lift.env[residual_of(first.join)]  # type: ignore[index]
         while value.before_cut is not None:
             value = value.before_cut
-        tensors = {"hidden": value.node} | self._visibility(first, {})
+        tensors: dict[str, Any] = {"hidden": value.node} | self.visibility(first, {})
         head, tail, count = place.head, place.tail, None
+        tensors["spans"] = self.labels.of(first, method, root)
         if span is not None and span.mask is not None:
-            tensors["inside"], count = self._inside(span, None, whole=method.merges == "visual"), span.count
+            inside = self.labels.inside(span, None, whole=method.merges == "visual")
+            tensors["inside"], count = inside, span.count
         whole: dict[str, Any] = {
             "head": head,
             "tail": tail,
@@ -258,43 +246,13 @@ class SiteTensors:
         }
         swap = first.token_dim < first.batch_dim
 
-        def function(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            seen: dict[str, Any] = {name: x.detach() for name, x in inputs.items()}
+        def function(inputs: dict[str, Any]) -> torch.Tensor:
+            seen: dict[str, Any] = tree_map(torch.Tensor.detach, inputs)
             hidden = seen["hidden"].transpose(0, 1) if swap else seen["hidden"]
             return method.prepare(Site(**whole, depth=place.depth, **(seen | {"hidden": hidden})))
 
         node: fx.Node = self.lift.emit(function, tensors)
         return node
-
-    # -- spans --------------------------------------------------------------------------------------------------------
-
-    def _inside(self, span: Span, rows: Rows | None, *, whole: bool) -> fx.Node:
-        """[B N] the mask of a span, brought to the present stage of its axis. `whole`: it must be one piece."""
-        mask: fx.Node = self.lift.env[span.mask].node  # type: ignore[index]
-        count, message = span.count, "tokred: the samples of this batch have different numbers of image tokens"
-        torn = (
-            "tokred: text stands between the image tokens of a sample, and merged ones would show it what comes later"
-        )
-
-        def checked(mask: torch.Tensor) -> torch.Tensor:
-            torch.ops.aten._assert_async.msg((mask.sum(-1) == count).all(), message)
-            if whole:
-                starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
-                torch.ops.aten._assert_async.msg((starts <= 1).all(), torn)
-            return mask.clone()
-
-        for stage in rows.stage.chain if rows is not None else [Stage(0)]:
-            if stage.parent is None:
-                if (mask, whole) not in self.checked:
-                    self.checked[mask, whole] = self.lift.emit(checked, mask)
-                mask = self.checked[mask, whole]
-            else:
-                if ("inside", whole) not in stage.cache:
-                    stage.cache["inside", whole] = self.lift.emit(
-                        lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), mask, stage.map
-                    )
-                mask = stage.cache["inside", whole]
-        return mask
 
 
 def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:
