@@ -21,7 +21,12 @@ POSITIONS = ("persistent", "compact")
 
 @dataclass(frozen=True)
 class Options:
-    """See the README's table; `mode` comes from torch.compile itself."""
+    """See the README's table; `mode` comes from torch.compile itself.
+
+    positions  "persistent": a token that is left keeps its position; "compact": in causal models those behind a cut are
+               numbered without gaps (tokred/compiler/positions.py), or the cut is refused ("compact-positions")
+    spans      which rows are what, by name: see `_spans`
+    """
 
     recipe: Recipe = field(default_factory=Recipe)
     exact: bool = True

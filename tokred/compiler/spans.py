@@ -166,11 +166,11 @@ class Spans:
 
     def _check_overlap(self, block: Attention) -> None:
         """Visual rows are no text: what the user says of both must not meet, as far as it is known without data."""
-        visual, text = (self.given.get(name) for name in ("visual", "text"))
-        if not isinstance(block.tokens, int) or any(not isinstance(x, (tuple, Tensor)) for x in (visual, text)):
+        given: list[Any] = [self.given.get(name) for name in ("visual", "text")]
+        if not isinstance(block.tokens, int) or not all(isinstance(x, (tuple, Tensor)) for x in given):
             return
         row = torch.arange(block.tokens)
-        masks = [x if isinstance(x, Tensor) else torch.isin(row, row[slice(x[0], x[1])]) for x in (visual, text)]
+        masks = [x if isinstance(x, Tensor) else torch.isin(row, row[slice(x[0], x[1])]) for x in given]
         if bool((masks[0].cpu() & masks[1].cpu()).any()):
             raise OptionError("option spans: visual and text rows overlap")
 
