@@ -21,6 +21,7 @@ __all__ = [
     "adaptinfer",
     "attention_of",
     "catp",
+    "compact",
     "corematching",
     "decoder_layers",
     "embeddings",
@@ -84,6 +85,25 @@ def masked(dropped: Dropped) -> Iterator[None]:
         yield
     finally:
         _dropped.clear()
+
+
+@contextmanager
+def compact(model: nn.Module) -> Iterator[None]:
+    """Inside, each layer turns queries and keys by the numbers 0, 1, 2, ... of the tokens that are left in it."""
+
+    def renumber(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        places = kwargs["position_ids"].clone()
+        for first, gone in _dropped.items():
+            if first <= module.self_attn.layer_idx:
+                places -= nn.functional.pad(gone, (0, places.shape[1] - gone.shape[1])).cumsum(1)
+        return args, {**kwargs, "position_embeddings": model.model.rotary_emb(args[0], places)}  # type: ignore
+
+    handles = [layer.register_forward_pre_hook(renumber, with_kwargs=True) for layer in decoder_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attention_of(model: nn.Module, inputs: dict[str, Tensor], layer: int, dropped: Dropped) -> Tensor:

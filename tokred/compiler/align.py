@@ -58,6 +58,8 @@ class Aligner:
         rerun: Callable[[fx.Node, dict[tuple[str, int], Value]], Any],
     ):
         self.env, self.emit, self.rerun = env, emit, rerun
+        self.tables: set[fx.Node] = set()  # nodes of the old graph: rotary tables
+        self.renumbered: set[fx.Node] = set()  # what took consecutive positions from them
         self._memo: dict[Any, Value] = {}
 
     def align(self, op: Op, key: tuple[str, int], value: Value, step: Advance) -> Value:
@@ -77,13 +79,20 @@ class Aligner:
                 raise CannotAlign("two reductions of one axis meet")
             value = self._back(value, dim, common)
             for stage in then.chain[then.chain.index(common) + 1 :]:
-                if stage.map.per_sample:
+                role = self._role(op, key, value, dim, stage)
+                if stage.map.per_sample and role != "late":
                     value, dim = self._with_batch(op, key, value, dim, step, stage)
-                value = self._forward(value, dim, place, stage, self._role(op, key, value, dim, stage))
+                value = self._forward(value, dim, place, stage, role)
         return value
 
     def _role(self, op: Op, key: tuple[str, int], value: Value, dim: int, stage: Stage) -> str:
-        """How side inputs are combined: added features by mean, key visibility by any, the rest by representative."""
+        """How side inputs are combined: added features by mean, key visibility by any, the rest by representative.
+
+        Rotary tables of a compact stage are not: their last rows are as good as their first (compiler/positions.py).
+        """
+        if stage.compact and value.origin in self.tables:
+            self.renumbered.add(op.node)
+            return "late"
         dtype = value.node.meta["val"].dtype
         if dtype == torch.bool:
             keys = op.target is ATTENTION and dim == len(value.shape) - 1
@@ -118,7 +127,12 @@ class Aligner:
             rows = value.layout[dim][place]
             assert isinstance(rows, Rows) and stage.parent is rows.stage
             made = Rows(stage, rows.lo, rows.hi, rows.weighted)
-            node = self._along(value, dim, place, lambda x, m, _: getattr(m, role)(x), stage, rows)
+
+            def apply(x: torch.Tensor, token_map: Any, _: Any) -> Any:
+                return x[:, x.shape[1] - rows_left :] if role == "late" else getattr(token_map, role)(x)
+
+            rows_left = made.length
+            node = self._along(value, dim, place, apply, stage, rows)
             layout = dict(value.layout) | {
                 dim: tuple(made if i == place else f for i, f in enumerate(value.layout[dim]))
             }

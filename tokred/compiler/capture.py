@@ -58,6 +58,8 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     _restore_mutations(traced, signature)
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
         new.meta["source_name"] = old.name
+        if (name := _input_name(old)) is not None:
+            new.meta["input_name"] = name
         new.meta["is_parameter"] = isinstance(old.meta.get("example_value"), torch.nn.Parameter) or _is_module_state(
             old
         )
@@ -144,6 +146,15 @@ def is_parameter(node: Any) -> bool:
     return isinstance(node, fx.Node) and (
         node.op == "get_attr" or (node.op == "placeholder" and bool(node.meta.get("is_parameter")))
     )
+
+
+def _input_name(node: fx.Node) -> str | None:
+    """What the model's forward calls an input: `L['kwargs']['input_ids']`, or `L['input_ids']`, is "input_ids"."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    text = str(name() if callable(name) else name)
+    found = re.fullmatch(r"L\['(?:kwargs'\]\[')?([a-zA-Z]\w*)'\]((?:\.|\[|').*)?", text)
+    return None if found is None else found[1] + (found[2] or "")
 
 
 def _is_module_state(node: fx.Node) -> bool:

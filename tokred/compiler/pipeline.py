@@ -118,7 +118,7 @@ def _transform(
         blocks = renumber(find_blocks(graph, axes), original)
     started = time.perf_counter()
     gate = Gate(graph, blocks, axes, refuse=options.gate)
-    reduced = reduce_tokens(graph, blocks, axes, options, gate=gate, trace=trace)
+    reduced = reduce_tokens(graph, blocks, axes, options, gate=gate, inputs=example_inputs, trace=trace)
     if options.recipe.of(Reduction):
         report.passes.append(PassReport("reduce_tokens", False, len(reduced.applied), time.perf_counter() - started))
         observe("reduce_tokens", reduced.graph)

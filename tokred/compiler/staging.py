@@ -29,6 +29,7 @@ class Stage:
     prop_attn: bool = False
     exits: frozenset[Any] = frozenset()  # nodes at which a round trip ends
     ordered: bool = False  # causal attention: a merged key is hidden as the row is that it stands in
+    compact: bool = False  # rotary tables give its rows consecutive positions, in place of those that they had
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property

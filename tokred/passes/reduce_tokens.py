@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from tokred.compiler.align import Value
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.caches import find_caches
@@ -18,8 +19,10 @@ from tokred.compiler.capture import tensor_meta
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.options import Options
+from tokred.compiler.positions import CODE, Positions
 from tokred.compiler.report import Refusal
-from tokred.compiler.spans import Span, find_span
+from tokred.compiler.residual import residual_of
+from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Stage, rows_of
 from tokred.compiler.suffix import Suffix, follow
 from tokred.passes.site_tensors import SiteTensors, number, rows_at, tower_of
@@ -63,18 +66,27 @@ Gate = Callable[[Attention, Reduction, Place, Any, Suffix], Refusal | None]
 
 
 def reduce_tokens(
-    gm: fx.GraphModule, blocks: Blocks, axes: Axes, options: Options, *, gate: Gate, trace: bool = False
+    gm: fx.GraphModule,
+    blocks: Blocks,
+    axes: Axes,
+    options: Options,
+    *,
+    gate: Gate,
+    inputs: list[Any],
+    trace: bool = False,
 ) -> Reduced:
     """Apply the recipe to every site that admits it. What the graph returns is restored, but for KV caches.
 
+    inputs  the graph's inputs in this call
     trace   return, behind the graph's own results, [B N] for each site that acted: the row that each token went to
 
     A site whose method or rewrite raises is refused with that reason and the graph is lifted again without it, so the
     model always runs. Returns the captured graph itself where nothing acts.
     """
     barred: dict[tuple[Attention, str], Refusal] = {}
+    spans = Spans(gm, options.spans, inputs)
     while True:
-        run = _Run(gm, blocks, axes, options, gate, barred)
+        run = _Run(gm, blocks, axes, options, gate, barred, spans)
         try:
             reduced = run.go(trace=trace)
         except _SiteFailed as failure:
@@ -82,6 +94,7 @@ def reduce_tokens(
             continue
         if reduced.applied:
             return reduced
+        spans.forget()
         return Reduced(gm, {}, reduced.refused, anchors={block: block.anchor for block in blocks.attentions})
 
 
@@ -101,14 +114,17 @@ class _Run:
         options: Options,
         gate: Gate,
         barred: dict[tuple[Attention, str], Refusal],
+        spans: Spans,
     ):
         self.gm, self.blocks, self.axes, self.gate, self.barred = gm, blocks, axes, gate, barred
         self.options, self.methods = options, options.recipe.of(Reduction)
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
-        self.spans = {b: find_span(b, options.spans) for b in blocks.attentions}
-        self.tensors = SiteTensors(self.lift, axes, blocks)
+        self.spans = {b: spans.of(b, "visual") for b in blocks.attentions}
+        self.tensors = SiteTensors(self.lift, axes, blocks, spans)
+        self.positions = Positions(gm)
+        self.lift.aligner.tables = self.positions.tables
 
     def go(self, *, trace: bool) -> Reduced:
         attentions = self.blocks.attentions
@@ -120,6 +136,7 @@ class _Run:
             for scope in SCOPES:
                 if (node, scope) in sites:
                     self._try(sites[node, scope], scope)
+        self._guarded(self._prove_renumbered)
         for block in attentions:
             self._explain_rest(block)
         groups = tuple(self._groups(applied.stage) for applied in self.reduced.applied.values()) if trace else ()
@@ -196,6 +213,9 @@ class _Run:
         place = place_of(block, node, value, suffix, span, self.axes)
         companion = self.options.companion
         refusal = unfit(block, method, place, span, self.tensors, self.caches, companion=companion)
+        compact = self.options.positions == "compact" and is_causal(block)
+        if refusal is None and compact and (reason := self._fixed(block, method)):
+            refusal = refuse(CODE, reason, block)
         if refusal is not None:
             return refusal
         try:
@@ -211,11 +231,14 @@ class _Run:
         except Exception as error:
             return refuse("method-raised", f"{method.name}: {_sentence(error)}", block)
         stage = self._stage(value, block, place, token_map, reduced, exits)
-        stage.ordered = method.merges == "visual" and is_causal(block)
+        stage.ordered, stage.compact = method.merges == "visual" and is_causal(block), compact
+        if compact:
+            self._assert_consecutive(block, stage)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
-        note = getattr(self.gate, "notes", {}).get(block, "")
-        if span is not None:
-            note = "; ".join(part for part in (f"visual rows from {span.found}", note) if part)
+        parts = [f"visual rows from {span.found}"] if span is not None else []
+        parts += self.tensors.labels.found(block, method)
+        parts += [getattr(self.gate, "notes", {}).get(block, ""), "compact positions" if compact else ""]
+        note = "; ".join(part for part in parts if part)
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 
@@ -258,6 +281,49 @@ class _Run:
                 f"the map leaves {kept} of {place.tokens} tokens, {place.head + place.tail} of them protected"
             )
         return token_map, reduced
+
+    # -- positions ----------------------------------------------------------------------------------------------------
+
+    def _fixed(self, block: Attention, method: Reduction) -> str:
+        """Why the tokens that a method leaves here cannot be numbered anew; empty where they can."""
+        if method.scope == "round_trip":
+            return f"{method.name} brings all tokens back behind one attention: their positions stay what they are"
+        first = block.layer if method.scope == "layer" else block.layer + 1
+        others = [b for b in self.blocks.attentions if (b.axis, b.form) == (block.axis, block.form)]
+        return self.positions.fixed([b for b in others if b.layer >= first])
+
+    def _assert_consecutive(self, block: Attention, stage: Stage) -> None:
+        """The rows that a compact stage takes from rotary tables hold numbers one behind the other, but for padding."""
+        node = self.positions.numbers(block)
+        if node is None:  # only the last attention's tokens are renumbered, for nobody
+            return
+        valid = self.tensors.labels.padding(block, stage)
+        count, message = stage.length, "tokred: positions='compact' of a prompt whose positions are not 0, 1, 2, ..."
+
+        def check(numbers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+            late = numbers.reshape(-1, numbers.shape[-1])[:, numbers.shape[-1] - count :]
+            fits = late.diff(dim=1) == 1
+            fits = fits if valid is None else fits | ~valid[:, 1:] | ~valid[:, :-1]
+            torch.ops.aten._assert_async.msg(fits.all(), message)
+            return late
+
+        self.tensors.run_ahead(node)
+        self.lift.emit(check, self.lift.env[node].node, valid)
+
+    def _prove_renumbered(self) -> None:
+        """Whatever reads a rotary table behind a compact cut took consecutive positions from it."""
+        env, done = self.lift.env, self.lift.aligner.renumbered
+
+        def compact(node: fx.Node) -> bool:
+            return any(stage.compact for _, _, rows in rows_of(env[node].layout) for stage in rows.stage.chain)
+
+        wanted = {node for node in self.positions.turned if isinstance(env[node], Value) and compact(node)}
+        for block in self.blocks.attentions:
+            stream = residual_of(block.join) if block.join is not None else None
+            if stream is not None and block.refusal is None and compact(stream):
+                wanted.update(self.positions.turning(block))
+        if wanted - done:
+            raise ValueError(f"{min(wanted - done).name} does not take consecutive positions")
 
     def _kept_in_caches(self) -> tuple[fx.Node, ...]:
         """For each cache that became shorter, [B K] which of the axis' own rows are left: more results of the graph."""

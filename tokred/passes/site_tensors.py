@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
@@ -13,10 +14,11 @@ from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.relations import Op
 from tokred.compiler.residual import residual_of
-from tokred.compiler.spans import Span
+from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Rows, Stage
 from tokred.compiler.towers import Tower as Encoder
 from tokred.compiler.towers import find_tower
+from tokred.passes.labels import Labels
 from tokred.registry.maps import cut_weight
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place, Site, Tower
@@ -30,13 +32,13 @@ PROBED = {"keys", "queries", "class_token"}  # what comes from an attention's op
 class SiteTensors:
     """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
 
-    def __init__(self, lift: Lift, axes: Axes, blocks: Blocks):
+    def __init__(self, lift: Lift, axes: Axes, blocks: Blocks, spans: Spans):
         self.lift, self.axes, self.attentions = lift, axes, blocks.attentions
         self.mlps = {(mlp.axis, mlp.layer): mlp for mlp in blocks.mlps if mlp.axis}
         self.prepared: dict[tuple[Any, ...], fx.Node] = {}
         self.layers = {(b.axis, b.form, b.layer): b for b in blocks.attentions}
         self.towers: dict[fx.Node, Encoder | None] = {}
-        self.checked: dict[tuple[fx.Node, bool], fx.Node] = {}  # a span's mask -> itself behind its run-time checks
+        self.spans, self.labels = spans, Labels(self, spans)
 
     def of(self, block: Attention, method: Reduction, place: Place, value: Any, span: Span | None) -> dict[str, Any]:
         """By the names that `Site` gives them: [B H N D] or [B N C], in whichever order the graph has them."""
@@ -48,8 +50,10 @@ class SiteTensors:
                 if rows.lo or rows.hi
                 else rows.stage.size
             )
-        if span is not None and span.mask is not None:
-            tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
+        stage = rows.stage if rows is not None else Stage(value.shape[block.token_dim])
+        tensors["spans"] = self.labels.of(block, method, stage)
+        if span is not None and span.mask is not None and span.count is not None:
+            tensors["inside"] = self.labels.inside(span, rows, whole=method.merges == "visual" and is_causal(block))
         wanted = set(method.needs_at(block.layer, block.depth))
         if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
@@ -60,7 +64,7 @@ class SiteTensors:
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
         if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
-            self._run_ahead(block.anchor)
+            self.run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
     def tower(self, span: Span) -> Encoder | None:
@@ -113,17 +117,17 @@ class SiteTensors:
             tensors["key"] = operand("key", block.key)
         if {"queries", "class_token"} & needs:
             tensors["query"] = operand("query", block.query)
-        seen = self._visibility(block, used)
+        seen = self.visibility(block, used)
         if not {"queries", "class_token"} & needs:
             seen.pop("mask", None)
         return tensors | seen
 
-    def _visibility(self, block: Attention, used: dict[str, Any]) -> dict[str, fx.Node]:
+    def visibility(self, block: Attention, used: dict[str, Any]) -> dict[str, fx.Node]:
         """The attention's mask [B|1 1|H 1|N N], and which tokens it shows to any query, [B N]."""
         if not isinstance(block.mask, fx.Node):
             return {}
         if block.mask not in self.lift.env:  # in front of the first layer, which reads it first
-            self._run_ahead(block.mask)
+            self.run_ahead(block.mask)
         node: fx.Node = (used.get("attn_mask") or self.lift.env[block.mask]).node
         mask = self._heads(node, self._order(block, block.mask), None)
         meta, tensors = mask.meta["val"], {"mask": self._rank4(mask)}
@@ -131,7 +135,7 @@ class SiteTensors:
             tensors["valid"] = self.lift.emit(_visible, mask)
         return tensors
 
-    def _run_ahead(self, last: fx.Node) -> None:
+    def run_ahead(self, last: fx.Node) -> None:
         """Run a node, such as an attention, before its input is cut. What nothing reads of that is dead code later."""
         env, needed, queue = self.lift.env, set(), [last]
         while queue:
@@ -226,10 +230,12 @@ class SiteTensors:
         value = self.lift.env[residual_of(first.join)]  # type: ignore[index]
         while value.before_cut is not None:
             value = value.before_cut
-        tensors = {"hidden": value.node} | self._visibility(first, {})
+        tensors: dict[str, Any] = {"hidden": value.node} | self.visibility(first, {})
         head, tail, count = place.head, place.tail, None
+        tensors["spans"] = self.labels.of(first, method, root)
         if span is not None and span.mask is not None:
-            tensors["inside"], count = self._inside(span, None, whole=method.merges == "visual"), span.count
+            inside = self.labels.inside(span, None, whole=method.merges == "visual")
+            tensors["inside"], count = inside, span.count
         whole: dict[str, Any] = {
             "head": head,
             "tail": tail,
@@ -240,43 +246,13 @@ class SiteTensors:
         }
         swap = first.token_dim < first.batch_dim
 
-        def function(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            seen: dict[str, Any] = {name: x.detach() for name, x in inputs.items()}
+        def function(inputs: dict[str, Any]) -> torch.Tensor:
+            seen: dict[str, Any] = tree_map(torch.Tensor.detach, inputs)
             hidden = seen["hidden"].transpose(0, 1) if swap else seen["hidden"]
             return method.prepare(Site(**whole, depth=place.depth, **(seen | {"hidden": hidden})))
 
         node: fx.Node = self.lift.emit(function, tensors)
         return node
-
-    # -- spans --------------------------------------------------------------------------------------------------------
-
-    def _inside(self, span: Span, rows: Rows | None, *, whole: bool) -> fx.Node:
-        """[B N] the mask of a span, brought to the present stage of its axis. `whole`: it must be one piece."""
-        mask: fx.Node = self.lift.env[span.mask].node  # type: ignore[index]
-        count, message = span.count, "tokred: the samples of this batch have different numbers of image tokens"
-        torn = (
-            "tokred: text stands between the image tokens of a sample, and merged ones would show it what comes later"
-        )
-
-        def checked(mask: torch.Tensor) -> torch.Tensor:
-            torch.ops.aten._assert_async.msg((mask.sum(-1) == count).all(), message)
-            if whole:
-                starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
-                torch.ops.aten._assert_async.msg((starts <= 1).all(), torn)
-            return mask.clone()
-
-        for stage in rows.stage.chain if rows is not None else [Stage(0)]:
-            if stage.parent is None:
-                if (mask, whole) not in self.checked:
-                    self.checked[mask, whole] = self.lift.emit(checked, mask)
-                mask = self.checked[mask, whole]
-            else:
-                if ("inside", whole) not in stage.cache:
-                    stage.cache["inside", whole] = self.lift.emit(
-                        lambda x, m: m.pick(x.unsqueeze(-1)).squeeze(-1), mask, stage.map
-                    )
-                mask = stage.cache["inside", whole]
-        return mask
 
 
 def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:

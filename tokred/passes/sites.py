@@ -18,6 +18,7 @@ from tokred.compiler.suffix import Suffix, special_rows
 from tokred.passes.site_tensors import PROBED, SiteTensors, rows_at, shape_of
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place
+from tokred.registry.spans import FROM_VISUAL
 
 __all__ = ["node_to_cut", "place_of", "refuse", "unfit"]
 
@@ -44,8 +45,8 @@ def place_of(block: Attention, node: fx.Node, value: Any, suffix: Suffix, span: 
     gone = stage.root.length - stage.length  # from inside the span, which no earlier map may have left
     count = None
     if span is not None and span.mask is None:
-        head, tail = max(head, span.start), max(tail, stage.root.length - span.stop)
-    elif span is not None:
+        head, tail = max(head, span.head), max(tail, span.tail)
+    elif span is not None and span.count is not None:
         count = span.count - gone
     whole = (length - head - tail if count is None else count) + gone
     if grid is not None and grid[0] * grid[1] != length - head - tail:
@@ -72,6 +73,12 @@ def unfit(
     if "visual" in needs and span is None:
         found = "no masked_scatter writes image features into this stream, and options name no rows"
         return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
+    if (named := sorted(needs & set(FROM_VISUAL) - set(tensors.spans.given))) and span is None:
+        reason = f"the {' and '.join(named)} rows are told from visual ones, and there are none"
+        return refuse("no-visual-span", reason, block)
+    if "visual" in needs and span is not None and span.mask is not None and span.count is None:
+        reason = f"visual rows from {span.found}: samples of this batch have different numbers of them"
+        return refuse("ragged-images", reason, block)
     if "tower" in needs and (span is None or tensors.tower(span) is None):
         reason = "no vision encoder shows whose patches, one by one, became these image tokens"
         return refuse("no-vision-tower", reason, block)

@@ -70,6 +70,8 @@ class Reduction(Method):
 
     needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
              "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once),
+             other spans, which are then in the site's `spans`: "text", "prefix" (text in front of the first image),
+             "instruction" (text behind the last), "images" (which image a token is of), "padding",
              "neurons" (what the MLP of the layer before makes of the tokens)
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens

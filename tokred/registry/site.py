@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -88,6 +88,8 @@ class Site(Place):
     neurons [B N F]    what the last linear of the MLP before reads, the activated neurons
     prepared [B N]     what the method's `prepare` made of the tokens that entered layer 0
     inside  [B N]      True for the tokens of the visual span, exactly `span` of each sample, where `span` is not None
+    spans              [B N] for each other span that the method needs, by name: True for its tokens; of "images" the
+                       number of each token's image, -1 outside (tokred/registry/spans.py)
     tower              the vision encoder behind the visual tokens, where it shows and all of them are still there
     """
 
@@ -102,6 +104,7 @@ class Site(Place):
     scale: Any = None
     weights: Tensor | None = None
     inside: Tensor | None = None
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
     tower: Tower | None = None
     neurons: Tensor | None = None
     prepared: Tensor | None = None
@@ -228,11 +231,9 @@ class Site(Place):
     prop_attn: bool = False  # whether the model's own attention weighs keys by size at this site
 
     def text_rows(self) -> tuple[Tensor, Tensor]:
-        """[B R] the rows of all tokens that are not visual, ascending, and which of them are text behind the image."""
-        visual = self.candidates()
-        _, rows = partition(visual, self.tokens)
-        text = rows > visual.amax(-1, keepdim=True)
-        return rows, text if self.valid is None else text & self.valid.expand(self.batch, -1).gather(1, rows)
+        """[B R] the rows of all tokens that are not visual, ascending, and which of them are the "instruction"."""
+        _, rows = partition(self.candidates(), self.tokens)
+        return rows, self.spans["instruction"].gather(1, rows)
 
     def keep_top(self, score: Tensor, count: Any) -> Keep:
         """Keep the `count` unprotected rows with the largest score [B N], in their order, and all protected ones."""

@@ -115,7 +115,7 @@ class DiverseCut(VisualCut):
 
     default_keep: ClassVar[float] = 0.1
 
-    needs = ("visual",)
+    needs: ClassVar[tuple[str, ...]] = ("visual",)
     probe = "next"  # no attention is looked at, so layer 0 will do
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokred.errors import ArgumentError
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place, Site, Tower
+from tokred.registry.spans import FOUND, derived
 
 __all__ = ["make_site", "places"]
 
@@ -85,6 +86,8 @@ def make_site(
     if place.span is not None:
         order = torch.rand(batch, tokens, generator=generator).argsort(dim=-1)
         inside = torch.zeros(batch, tokens, dtype=torch.bool).scatter(1, order[:, : place.span], True)
+    rows = torch.arange(tokens).expand(batch, -1)
+    visual = (rows >= place.head) & (rows < tokens - place.tail) if inside is None else inside
     tower = None
     if place.span is not None and place.span == place.whole:
         patches = (batch, place.span)
@@ -107,6 +110,7 @@ def make_site(
         valid=valid,
         mask=mask,
         inside=inside,
+        spans={name: derived(name, visual, valid) for name in FOUND},
         tower=tower,
         neurons=normal(batch, tokens, 2 * CHANNELS),
         prepared=torch.rand(batch, tokens, generator=generator, dtype=torch.float64).to(wide),

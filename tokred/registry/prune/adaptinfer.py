@@ -32,6 +32,8 @@ class AdaptInfer(VisualCut):
 
     keep: list[float] | tuple[float, ...] | float = (290 / 576, 72 / 576, 18 / 576)
 
+    needs = ("visual", "instruction", "queries")
+
     def __post_init__(self) -> None:
         numbers = all(type(share) in (int, float) and 0 <= share <= 1 for share in self.shares)
         if not self.shares or not numbers or sorted(self.shares, reverse=True) != list(self.shares):

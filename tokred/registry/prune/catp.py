@@ -41,6 +41,7 @@ class CATP(DiverseCut):
     weight: float = 0.7
 
     default_keep = 0.611
+    needs = ("visual", "instruction")
 
     def __post_init__(self) -> None:
         super().__post_init__()

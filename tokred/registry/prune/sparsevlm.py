@@ -34,7 +34,7 @@ class SparseVLM(Staircase):
 
     keep: list[float] | tuple[float, ...] | float = (300 / 576, 200 / 576, 110 / 576)
 
-    needs = ("visual", "queries", "prepared")
+    needs = ("visual", "instruction", "queries", "prepared")
     paper = (3, 7, 16)
 
     def prepare(self, site: Site) -> Tensor:
