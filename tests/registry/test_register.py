@@ -30,6 +30,7 @@ BUILT_IN = {
     "sparsevlm": "prune",
     "visionzip": "prune",
     "corematching": "prune",
+    "correlation": "prune",
     "elastic_pool": "merge",
     "todre": "prune",
     "zoo_prune": "prune",

@@ -229,7 +229,7 @@ class _Run:
         rows, probed = rows_at(value, block.token_dim), self.tensors.probed(block, method)
         numbers |= {"scale": number(probed.scale), "causal": probed.causal}
         numbers |= {"prop_attn": rows is not None and rows.stage.prop_attn}
-        tower = None if span is None else self.tensors.tower(span)
+        tower = None if span is None else self.tensors.tower(span, method)
 
         def site_of(inputs: dict[str, Any]) -> Site:
             seen = dict(inputs)

@@ -51,9 +51,9 @@ class SiteTensors:
         if span is not None and span.mask is not None:
             tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
         wanted = set(method.needs_at(block.layer, block.depth))
-        if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
+        if "tower" in wanted and span is not None and (tower := self.tower(span, method)) is not None:
             if rows is None or rows.stage.parent is None:
-                tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
+                tensors["tower"] = self._tower(tower, method, value.shape[block.batch_dim])
         if "neurons" in wanted and (neurons := self.neurons(block)) is not None:
             batch, width = value.shape[block.batch_dim], shape_of(neurons)[-1]
             tensors["neurons"] = self.lift.emit(lambda x: x.reshape(batch, -1, width), self.lift.env[neurons].node)
@@ -63,8 +63,8 @@ class SiteTensors:
             self._run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
-    def tower(self, span: Span) -> Encoder | None:
-        """The vision encoder behind a span, if it still has all of its own tokens."""
+    def tower(self, span: Span, method: Reduction) -> Encoder | None:
+        """The vision encoder behind a span, if it still has all of its own tokens where the method looks."""
         if span.features is None:
             return None
         if span.features not in self.towers:
@@ -72,8 +72,13 @@ class SiteTensors:
         tower = self.towers[span.features]
         if tower is None:
             return None
-        seen = (tower.stream, tower.attention.query, tower.attention.key)
+        seen = [tower.stream, *(node for block in self._encoder(tower, method) for node in (block.query, block.key))]
         return None if any(self.lift.env[node].staged for node in seen) else tower
+
+    def _encoder(self, tower: Encoder, method: Reduction) -> list[Attention]:
+        """The attentions of a vision encoder that the method looks at, the last one first."""
+        last = tower.attention
+        return [last, *(self.layers[last.axis, last.form, n] for n in method.encoder_layers(last.layer + 1))]
 
     def neurons(self, block: Attention) -> fx.Node | None:
         """What the last linear of the MLP before an attention reads, [B N F] or [B*N F]."""
@@ -177,25 +182,29 @@ class SiteTensors:
 
     # -- vision -------------------------------------------------------------------------------------------------------
 
-    def _tower(self, tower: Encoder, batch: Any) -> dict[str, Any]:
+    def _tower(self, tower: Encoder, method: Reduction, batch: Any) -> dict[str, Any]:
         """The tensors of a `Site`'s tower, and what the projector's ops take beside the rows: see `tower_of`."""
-        block, first = tower.attention, tower.first
-        query, key = (
+        blocks, first = self._encoder(tower, method), tower.first
+        operands = [
             self._heads(self.lift.env[node].node, self._order(block, node), shape_of(tower.stream)[0])
+            for block in blocks
             for node in (block.query, block.key)
-        )
-        scale = number(block.scale)
+        ]
+        scales = [number(block.scale) for block in blocks]
 
-        def function(stream: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor]:
-            images = Site(layer=0, depth=1, tokens=stream.shape[1], hidden=stream, query=query, key=key, scale=scale)
-            if first:
-                rows = images.attention(row=0).mean(1)  # [I T]
-            else:
-                rows = images.flow(torch.ones_like(stream[:, :, 0])).mean(1) / stream.shape[1]
-            seen = {"hidden": stream[:, first:], "key": key.mean(1)[:, first:], "attention": rows[:, first:]}
-            return {name: x.reshape(batch, -1, *x.shape[2:]) for name, x in seen.items()}
+        def function(stream: Tensor, *operands: Tensor) -> dict[str, Tensor]:
+            rows: list[Tensor] = []  # [I T] each
+            for query, key, scale in zip(operands[::2], operands[1::2], scales, strict=True):
+                numbers: dict[str, Any] = {"layer": 0, "depth": 1, "tokens": stream.shape[1], "scale": scale}
+                images = Site(hidden=stream, query=query, key=key, **numbers)
+                flow = None if first else images.flow(torch.ones_like(stream[:, :, 0])) / stream.shape[1]
+                rows.append((images.attention(row=0) if flow is None else flow).mean(1)[:, first:])
+            seen = {"hidden": stream[:, first:], "key": operands[1].mean(1)[:, first:], "attention": rows[0]}
+            whole = {name: x.reshape(batch, -1, *x.shape[2:]) for name, x in seen.items()}
+            earlier = [row.reshape(batch, -1) for row in rows[1:]]
+            return whole | {"earlier": torch.stack(earlier, 1) if earlier else whole["attention"][:, None][:, :0]}
 
-        fields: dict[str, Any] = self.lift.emit(function, self.lift.env[tower.stream].node, query, key)
+        fields: dict[str, Any] = self.lift.emit(function, self.lift.env[tower.stream].node, *operands)
         nodes = [node.all_input_nodes[1:] for node in tower.projector]
         return fields | {"projector": [[self.lift.env[arg].node for arg in args] for args in nodes]}
 
@@ -291,7 +300,8 @@ def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:
             rows = node.target(*args, **kwargs)  # type: ignore[operator]
         return rows
 
-    return Tower(**{name: x for name, x in tensors.items() if name != "projector"}, project=project)
+    patches = shape_of(tower.stream)[1] - tower.first
+    return Tower(**{name: x for name, x in tensors.items() if name != "projector"}, patches=patches, project=project)
 
 
 def number(scale: Any) -> Any:

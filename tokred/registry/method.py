@@ -96,6 +96,11 @@ class Reduction(Method):
         the values that they had then."""
         return False
 
+    def encoder_layers(self, depth: int) -> list[int]:
+        """Of which layers of the vision encoder, from 0, a method that needs "tower" sees the attention as well; the
+        last of its `depth` layers in front of the features is always there."""
+        return []
+
     def prepare(self, site: Site) -> Tensor:
         """[B N] what a method that needs "prepared" computes once, from what enters layer 0 (the site's `hidden`).
 

@@ -93,6 +93,8 @@ def make_site(
             hidden=normal(*patches, CHANNELS + 4),
             key=normal(*patches, HEAD_DIM),
             attention=normal(*patches).softmax(-1),
+            earlier=normal(batch, 2, place.span).softmax(-1),
+            patches=place.span // 2,
             project=lambda rows: rows @ weight,
         )
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
