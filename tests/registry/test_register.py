@@ -32,6 +32,8 @@ BUILT_IN = {
     "corematching": "prune",
     "correlation": "prune",
     "elastic_pool": "merge",
+    "mixture_of_depths": "prune",
+    "temporal_fusion": "merge",
     "todre": "prune",
     "zoo_prune": "prune",
     "catp": "prune",

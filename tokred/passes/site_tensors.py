@@ -21,9 +21,10 @@ from tokred.registry.maps import cut_weight
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place, Site, Tower
 
-__all__ = ["SiteTensors", "number", "rows_at", "shape_of", "tower_of"]
+__all__ = ["RAGGED", "SiteTensors", "number", "rows_at", "shape_of", "tower_of", "visible"]
 
 SDPA = {torch.ops.aten.scaled_dot_product_attention.default}
+RAGGED = "tokred: the samples of this batch have different numbers of image tokens"
 PROBED = {"keys", "queries", "class_token"}  # what comes from an attention's operands
 
 
@@ -31,7 +32,7 @@ class SiteTensors:
     """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
 
     def __init__(self, lift: Lift, axes: Axes, blocks: Blocks):
-        self.lift, self.axes, self.attentions = lift, axes, blocks.attentions
+        self.lift, self.axes, self.blocks = lift, axes, blocks
         self.mlps = {(mlp.axis, mlp.layer): mlp for mlp in blocks.mlps if mlp.axis}
         self.prepared: dict[tuple[Any, ...], fx.Node] = {}
         self.layers = {(b.axis, b.form, b.layer): b for b in blocks.attentions}
@@ -68,7 +69,7 @@ class SiteTensors:
         if span.features is None:
             return None
         if span.features not in self.towers:
-            self.towers[span.features] = find_tower(span.features, self.attentions)
+            self.towers[span.features] = find_tower(span.features, self.blocks.attentions)
         tower = self.towers[span.features]
         if tower is None:
             return None
@@ -133,7 +134,7 @@ class SiteTensors:
         mask = self._heads(node, self._order(block, block.mask), None)
         meta, tensors = mask.meta["val"], {"mask": self._rank4(mask)}
         if meta.dim() == 4 and not (isinstance(meta.shape[0], int) and meta.shape[0] == 1):
-            tensors["valid"] = self.lift.emit(_visible, mask)
+            tensors["valid"] = self.lift.emit(visible, mask)
         return tensors
 
     def _run_ahead(self, last: fx.Node) -> None:
@@ -262,13 +263,13 @@ class SiteTensors:
     def _inside(self, span: Span, rows: Rows | None, *, whole: bool) -> fx.Node:
         """[B N] the mask of a span, brought to the present stage of its axis. `whole`: it must be one piece."""
         mask: fx.Node = self.lift.env[span.mask].node  # type: ignore[index]
-        count, message = span.count, "tokred: the samples of this batch have different numbers of image tokens"
+        count = span.count
         torn = (
             "tokred: text stands between the image tokens of a sample, and merged ones would show it what comes later"
         )
 
         def checked(mask: torch.Tensor) -> torch.Tensor:
-            torch.ops.aten._assert_async.msg((mask.sum(-1) == count).all(), message)
+            torch.ops.aten._assert_async.msg((mask.sum(-1) == count).all(), RAGGED)
             if whole:
                 starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
                 torch.ops.aten._assert_async.msg((starts <= 1).all(), torn)
@@ -320,7 +321,7 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor:
+def visible(mask: torch.Tensor) -> torch.Tensor:
     """[B N] whether any query of any head may see the key."""
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.any(-2).any(1)

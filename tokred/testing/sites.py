@@ -14,7 +14,7 @@ from tokred.registry.site import Place, Site, Tower
 __all__ = ["make_site", "places"]
 
 DEPTH = 12
-HEADS, HEAD_DIM, CHANNELS = 4, 8, 24
+HEADS, HEAD_DIM, CHANNELS = 4, 8, 32
 
 SHAPES = (
     {"tokens": 37, "head": 1, "grid": (6, 6)},  # a ViT

@@ -89,7 +89,8 @@ class Correlation(VisualCut):
         nth = torch.arange(tower.patches, device=key.device) + 0.5
         claims = (density.to(key.dtype) / nth.to(key.dtype)).flatten(1)  # [B I*P] of each crop on its n-th token
         won = torch.zeros_like(claims).scatter(1, claims.argsort(dim=-1, descending=True, stable=True)[:, :count], 1.0)
-        return won.unflatten(1, (-1, tower.patches)).sum(-1, keepdim=True)
+        counts: Tensor = won.unflatten(1, (-1, tower.patches)).sum(-1, keepdim=True)
+        return counts
 
 
 def _rank(score: Tensor) -> Tensor:
