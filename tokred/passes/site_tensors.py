@@ -60,7 +60,8 @@ class SiteTensors:
             tensors["neurons"] = self.lift.emit(lambda x: x.reshape(batch, -1, width), self.lift.env[neurons].node)
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
-        if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
+        shorter = rows is not None and rows.stage.parent is not None  # the mask is cut to that where it is used
+        if method.scope == "layer" and method.probe == "next" and (PROBED & wanted or shorter):
             self._run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
