@@ -55,12 +55,13 @@ def _traced(done: Compiled, gm: fx.GraphModule) -> Any:
         return gm.forward
 
     def call(*inputs: Any) -> Any:
-        results = list(done.graph(*inputs))
+        state = [] if done.memory is None else done.memory.fresh(inputs)
+        results = list(done.graph(*inputs, *state))
         own = len(results) - len(done.applied)
         if not done.report.pictures:
             done.report.pictures = _pictures(done.applied, results[own:])
             done.report.image = _image(inputs)
-        return tuple(results[:own])
+        return tuple(results[: own - len(state)])
 
     return call
 

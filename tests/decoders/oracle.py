@@ -30,6 +30,7 @@ __all__ = [
     "hidrop",
     "late",
     "masked",
+    "mixture_of_depths",
     "pyramiddrop",
     "sparsevlm",
     "todre",
@@ -42,6 +43,7 @@ Dropped = dict[int, Tensor]  # layer -> [B N], True where a prompt token is gone
 _dropped: Dropped = {}
 _weights: dict[int, Tensor] = {}
 _late: list[tuple[Tensor, int]] = []
+_around: dict[int, Tensor] = {}  # layer -> [B N], True where a prompt token goes around this one layer
 
 
 def _attention(
@@ -68,6 +70,9 @@ def _attention(
     for hidden, enter in _late:
         if module.layer_idx < enter:
             seen = seen & ~nn.functional.pad(hidden, (0, total - hidden.shape[1]))[:, None, None]
+    if module.layer_idx in _around:
+        gone = _around[module.layer_idx]
+        seen = seen & ~nn.functional.pad(gone, (0, total - gone.shape[1]))[:, None, None]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)  # padding sees nothing
     _weights[module.layer_idx] = weights
     return (weights @ value).transpose(1, 2), weights
@@ -350,6 +355,54 @@ def corematching(layer: int, keep: float, core: float) -> Selection:
         return {layer: _all_but_top(score, visual, round(keep * int(visual[0].sum())))}
 
     return select
+
+
+@contextmanager
+def mixture_of_depths(
+    model: Any, visual: Tensor, counts: dict[int, int], routers: dict[str, Tensor], gain: float
+) -> Iterator[dict[int, list[list[int]]]]:
+    """arXiv 2412.04449: inside, a few of the image's tokens go through each of these layers, by their routers.
+
+    Full length throughout: those that go around a layer are keys that nobody sees there, and leave it as they entered,
+    times their weights. Yields, by layer, the rows of each sample that went through.
+    """
+    through: dict[int, list[list[int]]] = {}
+    weights: dict[int, Tensor] = {}
+
+    def enter(layer: int, x: Tensor) -> None:
+        weights[layer], _around[layer] = torch.ones(x.shape[:2], dtype=x.dtype), visual.clone()
+        through[layer] = []
+        for sample in range(len(x)):
+            rows = visual[sample].nonzero().squeeze(-1).tolist()
+            weight, bias = routers[f"layers.{layer}.router.weight"].flatten(), routers[f"layers.{layer}.router.bias"]
+            logits = {row: float((weight * x[sample, row]).sum() + bias) for row in rows}
+            chosen = sorted(rows, key=lambda row: -logits[row])[: counts[layer]]
+            for row in rows:
+                weights[layer][sample, row] = 1 + gain * math.tanh(logits[row])
+            _around[layer][sample, chosen] = False
+            through[layer].append((~_around[layer][sample]).nonzero().squeeze(-1).tolist())
+
+    def leave(layer: int, entered: Tensor, left: Any) -> Any:
+        whole = left[0] if isinstance(left, tuple) else left
+        gone = nn.functional.pad(_around[layer], (0, whole.shape[1] - visual.shape[1])).unsqueeze(-1)
+        whole = torch.where(gone, entered * weights[layer].unsqueeze(-1), whole)
+        return (whole, *left[1:]) if isinstance(left, tuple) else whole
+
+    handles = []
+    for number, layer in enumerate(decoder_layers(model)):
+        if number in counts:
+            added = next(getattr(layer, name) for name in ("post_feedforward_layernorm", "mlp") if hasattr(layer, name))
+            handles += [
+                layer.register_forward_pre_hook(lambda m, args, n=number: enter(n, args[0])),
+                layer.register_forward_hook(lambda m, args, output, n=number: leave(n, args[0], output)),
+                added.register_forward_hook(lambda m, args, output, n=number: output * weights[n].unsqueeze(-1)),
+            ]
+    try:
+        yield through
+    finally:
+        _around.clear()
+        for handle in handles:
+            handle.remove()
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], dropped: Dropped, steps: int) -> Tensor:

@@ -10,6 +10,7 @@ from tokred.compiler.attention import Attention, find_attentions
 from tokred.compiler.axes import Axes
 from tokred.compiler.mlp import Mlp, find_mlps
 from tokred.compiler.report import Refusal
+from tokred.compiler.residual import joined_to
 
 __all__ = ["Attention", "Blocks", "Mlp", "find_blocks", "renumber"]
 
@@ -18,6 +19,11 @@ __all__ = ["Attention", "Blocks", "Mlp", "find_blocks", "renumber"]
 class Blocks:
     attentions: list[Attention]
     mlps: list[Mlp]
+
+    def end_of_layer(self, block: Attention) -> fx.Node | None:
+        """Where the MLP behind an attention joins the stream; None if no MLP of the layer's own does."""
+        end = None if block.join is None else joined_to(block.join)
+        return None if end in {other.join for other in self.attentions} else end
 
 
 def find_blocks(gm: fx.GraphModule, axes: Axes) -> Blocks:

@@ -148,7 +148,8 @@ class Gate:
         """What the site saves and costs, in seconds."""
         if block.axis not in self._symbols:
             self._symbols[block.axis] = Symbols(self.axes, self.blocks, block.axis)
-        site = _Site(block, method, hint(place.tokens), hint(removed), suffix, self._symbols[block.axis])
+        end = self.blocks.end_of_layer(block) if method.skips else None
+        site = _Site(block, method, end, hint(place.tokens), hint(removed), suffix, self._symbols[block.axis])
         stream = tensor_meta(block.stream)
         assert stream is not None
         machine = self.machine or Machine.of(stream.device)
@@ -212,16 +213,26 @@ def pays_from(pays: Callable[[int], bool], shortest: int) -> int | None:
 class _Site:
     """One cut and what follows from it."""
 
-    def __init__(self, block: Attention, method: Reduction, now: int, removed: int, suffix: Suffix, symbols: Symbols):
+    def __init__(
+        self,
+        block: Attention,
+        method: Reduction,
+        end: fx.Node | None,
+        now: int,
+        removed: int,
+        suffix: Suffix,
+        symbols: Symbols,
+    ):
         self.block, self.now, self.removed, self.suffix, self.symbols = block, now, removed, suffix, symbols
-        self.trip = method.scope == "round_trip"
-        self.cut = block.entry if self.trip else block.stream
+        trip = method.scope == "round_trip"
+        self.exit = block.join if trip else end  # where all rows are back, if they are anywhere
+        self.cut = block.entry if trip else block.stream
         parts = {user for node in suffix.reached for user in node.users if user.target is operator.getitem}
         self.short = suffix.reached | parts  # everything that has fewer tokens, or is full again behind a round trip
         self.reached = {node for node in self.short if self._before_exit(node)}
 
     def _before_exit(self, node: fx.Node) -> bool:
-        return not self.trip or self.block.join is None or node < self.block.join
+        return self.exit is None or node < self.exit
 
     def saved(self, machine: Machine) -> float:
         """Seconds that the nodes on the cut axis take now, less what they take on the rows that are left.
@@ -253,8 +264,8 @@ class _Site:
         for node, _ in self.suffix.obstacles:
             if self._before_exit(node):
                 restored |= {n for n in node.all_input_nodes if n in self.reached or n is self.cut}
-        if self.trip:
-            restored |= {n for n in self.block.join.all_input_nodes if n in self.reached} if self.block.join else set()
+        if self.exit is not None:
+            restored |= {n for n in self.exit.all_input_nodes if n in self.reached}
         else:
             restored |= {n for n in self._outputs() if n in self.reached and self._has_tokens(n)}
         shortened = {

@@ -48,7 +48,7 @@ class Lift:
 
     def __init__(self, source: fx.GraphModule):
         self.source = source
-        self.graph = fx.Graph()
+        self.graph = fx.Graph(source)
         self.env: dict[fx.Node, Any] = {}  # Value, list of Values, or a plain node for numbers
         self.operands: dict[fx.Node, dict[str, Value]] = {}  # attention's q, k, v, mask as it really used them
         self.redirect: dict[tuple[fx.Node, fx.Node], Value] = {}  # (producer, consumer) -> value, for round trips

@@ -17,6 +17,7 @@ from tokred.compiler.blocks import Blocks, find_blocks, renumber
 from tokred.compiler.caches import delivering
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
+from tokred.compiler.memory import Memory, carrying
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
 from tokred.compiler.report import GraphReport, PassReport, Refusal
@@ -24,6 +25,7 @@ from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
 from tokred.errors import StrictError, TokredError
 from tokred.registry.attention import AttentionRewrite
+from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Compiled:
     rewritten: list[Any] = field(default_factory=list)  # the attentions that a method computes in another way
     caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
     packing: Packing | None = None  # the same graph for a batch with padding
+    memory: Memory | None = None  # what the graph carries from call to call, as more inputs and results
 
 
 def compile_graph(
@@ -63,13 +66,17 @@ def compile_graph(
     done = transform(gm, example_inputs, options, keep if options.verify else observe)
     graph = done.graph if done.changed else gm
     into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
+    if done.memory is not None:
+        fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        example_inputs = [*example_inputs, *fakes[len(example_inputs) :]]
     if done.packing is None:
         compiled = into(graph, example_inputs)
     else:
         compiled = lower_padded(graph, example_inputs, done.packing, into)
     if options.verify:
         compiled = verified(compiled, stages, done.report)
-    return (delivering(compiled, done.caches) if done.caches else compiled), done.report
+    compiled = delivering(compiled, done.caches) if done.caches else compiled
+    return (compiled if done.memory is None else carrying(compiled, done.memory)), done.report
 
 
 def transform(
@@ -116,6 +123,11 @@ def _transform(
         graph = _exact(captured, options, report, observe, leave_out="drop_dead_tokens")
         axes = Axes(graph.graph)
         blocks = renumber(find_blocks(graph, axes), original)
+    memory = None
+    if options.recipe.of(FrameFusion):
+        graph, memory = _fuse_frames(graph, blocks, options, report, observe)
+        axes = Axes(graph.graph)
+        blocks = renumber(find_blocks(graph, axes), original)
     started = time.perf_counter()
     gate = Gate(graph, blocks, axes, refuse=options.gate)
     reduced = reduce_tokens(graph, blocks, axes, options, gate=gate, inputs=example_inputs, trace=trace)
@@ -138,12 +150,30 @@ def _transform(
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report, reduced, rewritten)
-    packing = _pack(exact if options.recipe.methods else graph, options, report)  # a recipe's own masks hide no padding
+    packing = None
+    if memory is None:  # a recipe's own masks hide no padding
+        packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
     changed, computed = graph is not captured, list(rewritten.applied)
-    return Compiled(graph, report, changed, applied, computed, reduced.caches, packing)
+    return Compiled(graph, report, changed, applied, computed, reduced.caches, packing, memory)
+
+
+def _fuse_frames(
+    graph: fx.GraphModule, blocks: Blocks, options: Options, report: GraphReport, observe: Observer
+) -> tuple[fx.GraphModule, Memory | None]:
+    from tokred.passes.fuse_frames import fuse_frames
+
+    started = time.perf_counter()
+    fused = fuse_frames(graph, blocks, options)
+    seconds = time.perf_counter() - started
+    report.passes.append(PassReport("fuse_frames", False, len(fused.lines), seconds, fused.lines, fused.refusals))
+    observe("fuse_frames", fused.graph)
+    if options.strict and fused.refusals:
+        refusal = fused.refusals[0]
+        raise StrictError(f"{refusal.reason} at {refusal.where} [{refusal.code}]")
+    return fused.graph, fused.memory
 
 
 def _exact(

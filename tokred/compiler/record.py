@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import sympy
@@ -16,8 +17,9 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tokred.compiler.capture import STRIDED
 from tokred.compiler.fake import run_fake
@@ -30,14 +32,15 @@ aten = torch.ops.aten
 def record(graph: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Call `function(*args)`, a pytree of nodes of `graph` among them, and append what it does to `graph`.
 
-    Returns the function's result with nodes in place of tensors; each node carries fake metadata. Raises ValueError for
-    a tensor that comes from nowhere (built from Python data, or captured by a closure).
+    Returns the function's result with nodes in place of tensors; each node carries fake metadata. A real tensor that
+    the function brings along, such as a method's trained weights, becomes a buffer of the module that owns the graph.
+    Raises ValueError for a tensor that is built from Python data.
     """
     flat, spec = _pytree.tree_flatten(args)
     recorder = _Recorder(graph)
     values = [recorder.value(item) if isinstance(item, fx.Node) else item for item in flat]
-    fake_mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]) or nullcontext()
-    with torch.no_grad(), enable_python_dispatcher(), fake_mode, recorder:
+    recorder.fake_mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    with torch.no_grad(), enable_python_dispatcher(), recorder.fake_mode or nullcontext(), recorder:
         result = function(*_pytree.tree_unflatten(values, spec))
     return _pytree.tree_map(lambda out: recorder.node(out) if isinstance(out, torch.Tensor) else out, result)
 
@@ -46,7 +49,9 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, graph: fx.Graph):
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
+        self.fake_mode: FakeTensorMode | None = None
         self.nodes: dict[int, fx.Node] = {}
+        self.owned: dict[int, torch.Tensor] = {}  # real tensors, by id, as fake ones
         self.alive: list[Any] = []  # ids stay unique only while their tensors live
         self.sizes: dict[sympy.Expr, tuple[fx.Node, int]] = {}
 
@@ -75,6 +80,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # what FakeTensor makes of `x.device`
             return args[0].fake_device
+        if func is not aten.lift_fresh.default:
+            args, kwargs = _pytree.tree_map_only(torch.Tensor, self._own, (args, kwargs))
         out = run_fake(func, args, kwargs)
         node_args, node_kwargs = _pytree.tree_map(self._argument, (args, kwargs))
         node = self.graph.call_function(aten.reshape.default if func in STRIDED else func, node_args, node_kwargs)
@@ -88,6 +95,22 @@ class _Recorder(TorchDispatchMode):
                 if isinstance(part, torch.Tensor):
                     self._know(part, item)
         return out
+
+    def _own(self, value: torch.Tensor) -> torch.Tensor:
+        """A real tensor as a fake one that is known to be a buffer of the module; a fake one as it is."""
+        module: Any = self.graph.owning_module
+        if isinstance(value, FakeTensor) or self.fake_mode is None or module is None:
+            return value
+        if id(value) not in self.owned:
+            name = next(name for n in count() if not hasattr(module, name := f"tokred_{n}"))
+            with _disable_current_modes():
+                module.register_buffer(name, value.detach())
+                fake = self.owned[id(value)] = self.fake_mode.from_tensor(value.detach(), static_shapes=True)
+            node = self.graph.create_node("get_attr", name)
+            node.meta["val"] = fake
+            self._know(fake, node)
+            self.alive.append(value)
+        return self.owned[id(value)]
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -7,7 +7,7 @@ from torch import fx
 
 from tokred.compiler.capture import tensor_meta
 
-__all__ = ["residual_of"]
+__all__ = ["joined_to", "residual_of"]
 
 aten = torch.ops.aten
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
@@ -34,6 +34,11 @@ def residual_of(node: fx.Node) -> fx.Node | None:
         known = node.meta["residual_of"] = (node, _residual_of(node))
     found: fx.Node | None = known[1]
     return found
+
+
+def joined_to(stream: fx.Node) -> fx.Node | None:
+    """The residual join `x + f(x)` of which `stream` is the x; None if there is none."""
+    return next((user for user in stream.users if residual_of(user) is stream), None)
 
 
 def _residual_of(node: fx.Node) -> fx.Node | None:

@@ -98,6 +98,17 @@ def reduce_tokens(
         return Reduced(gm, {}, reduced.refused, anchors={block: block.anchor for block in blocks.attentions})
 
 
+@dataclass
+class _Skipped:
+    """What goes around a layer: the stream that entered it, and the nodes of the token map and of [B N] weights."""
+
+    block: Attention
+    entered: Value
+    stage: Stage
+    token_map: Any
+    weight: fx.Node
+
+
 class _SiteFailed(Exception):
     def __init__(self, block: Attention, method: Reduction, refusal: Refusal):
         self.block, self.method, self.refusal = block, method, refusal
@@ -121,6 +132,7 @@ class _Run:
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
+        self.skipped: dict[fx.Node, _Skipped] = {}  # by the node that ends the layer
         self.spans = {b: spans.of(b, "visual") for b in blocks.attentions}
         self.tensors = SiteTensors(self.lift, axes, blocks, spans)
         self.positions = Positions(gm)
@@ -132,7 +144,7 @@ class _Run:
             (node, scope): b for scope in SCOPES for b in attentions if (node := node_to_cut(b, scope)) is not None
         }
         for node in self.gm.graph.nodes:
-            self._guarded(partial(self.lift.visit, node))
+            self._guarded(partial(self._visit, node))
             for scope in SCOPES:
                 if (node, scope) in sites:
                     self._try(sites[node, scope], scope)
@@ -160,6 +172,39 @@ class _Run:
             block, applied = next(reversed(self.reduced.applied.items()))
             code = "shape-mismatch" if type(error).__name__ == "ShapeMismatch" else "rewrite-failed"
             raise _SiteFailed(block, applied.method, refuse(code, _sentence(error), block)) from error
+
+    def _visit(self, node: fx.Node) -> None:
+        """Run a node; where a layer ends that tokens went around, they are back in its value."""
+        skipped = self.skipped.get(node)
+        if skipped is None:
+            self.lift.visit(node)
+            return
+        block, entered = skipped.block, skipped.entered
+        swap, stage = block.token_dim < block.batch_dim, skipped.stage
+
+        def factor(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:  # [B N] as [B N 1] or [N B 1]
+            return (weight.t() if swap else weight).unsqueeze(-1).to(like.dtype)
+
+        added = next(arg for arg in node.all_input_nodes if arg is not block.join)
+        branch = self.lift.env[added]
+        rows = rows_at(branch, block.token_dim)
+        pull = rows is not None and rows.stage is stage
+        weighed = self.lift.emit(
+            lambda x, m, w: x * factor(m.pull(w) if pull else w, x), branch.node, skipped.token_map, skipped.weight
+        )
+        self.lift.redirect[added, node] = Value(weighed, branch.layout, branch.origin)
+        self.lift.visit(node)
+        left = self.lift.env[node]
+        rows = rows_at(left, block.token_dim)
+        if rows is None or rows.stage is not stage:
+            raise ValueError("tokens are cut inside of a layer that others go around")
+
+        def back(x: torch.Tensor, old: torch.Tensor, m: TokenMap, w: torch.Tensor) -> torch.Tensor:
+            old = old * factor(w, old)
+            return m.restore(x.transpose(0, 1), old.transpose(0, 1)).transpose(0, 1) if swap else m.restore(x, old)
+
+        whole = self.lift.emit(back, left.node, entered.node, skipped.token_map, skipped.weight)
+        self.lift.env[node] = Value(whole, entered.layout, node)
 
     # -- one site -----------------------------------------------------------------------------------------------------
 
@@ -208,7 +253,9 @@ class _Run:
         value = self.lift.env[node]
         users = block.entry_users if trip else None
         exits = frozenset([block.join]) if trip else frozenset()
-        suffix = follow(node, block.batch_dim, block.token_dim, consumers=users, exits=exits)
+        end = self.blocks.end_of_layer(block) if method.skips else None
+        around = exits if end is None else frozenset([end])
+        suffix = follow(node, block.batch_dim, block.token_dim, consumers=users, exits=around)
         span = self.spans[block]
         place = place_of(block, node, value, suffix, span, self.axes)
         companion = self.options.companion
@@ -227,7 +274,7 @@ class _Run:
             refusal = self.gate(block, method, place, removed, suffix)
             if refusal is not None:
                 return refusal
-            token_map, reduced = self._plan(block, method, place, span, value)
+            token_map, reduced, weight = self._plan(block, method, place, span, value)
         except Exception as error:
             return refuse("method-raised", f"{method.name}: {_sentence(error)}", block)
         stage = self._stage(value, block, place, token_map, reduced, exits)
@@ -235,24 +282,27 @@ class _Run:
         if compact:
             self._assert_consecutive(block, stage)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
+        if end is not None and weight is not None:
+            self.skipped[end] = _Skipped(block, value, stage, token_map, weight)
         parts = [f"visual rows from {span.found}"] if span is not None else []
         parts += self.tensors.labels.found(block, method)
         parts += [getattr(self.gate, "notes", {}).get(block, ""), "compact positions" if compact else ""]
+        parts += ["the others go around this layer"] if end is not None else []
         note = "; ".join(part for part in parts if part)
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 
     def _plan(
         self, block: Attention, method: Reduction, place: Place, span: Span | None, value: Any
-    ) -> tuple[Any, fx.Node]:
-        """Trace the method, and its effect on the stream, into the graph."""
+    ) -> tuple[Any, fx.Node, fx.Node | None]:
+        """Trace the method, its effect on the stream, and what it weighs rows by that go around, into the graph."""
         tensors = self.tensors.of(block, method, place, value, span)
         swap = block.token_dim < block.batch_dim
         numbers: dict[str, Any] = {name: getattr(place, name) for name in Place.__dataclass_fields__}
         rows, probed = rows_at(value, block.token_dim), self.tensors.probed(block, method)
         numbers |= {"scale": number(probed.scale), "causal": probed.causal}
         numbers |= {"prop_attn": rows is not None and rows.stage.prop_attn}
-        tower = None if span is None else self.tensors.tower(span)
+        tower = None if span is None else self.tensors.tower(span, method)
 
         def site_of(inputs: dict[str, Any]) -> Site:
             seen = dict(inputs)
@@ -260,15 +310,17 @@ class _Run:
                 seen["tower"] = tower_of(tower, seen["tower"])
             return Site(**numbers, **seen)
 
-        def function(inputs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+        def function(inputs: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
             inputs = inputs | {"hidden": inputs["hidden"].transpose(0, 1)} if swap else inputs
             token_map = method.plan(site_of(tree_map(torch.Tensor.detach, inputs)))  # what decides has no gradient
             if not isinstance(token_map, TokenMap):
                 raise TypeError(f"plan() returned {type(token_map).__name__}, not a TokenMap")
-            reduced = token_map.reduce(method.revise(site_of(inputs), token_map))
-            return token_map, reduced.transpose(0, 1) if swap else reduced
+            site = site_of(inputs)
+            reduced = token_map.reduce(method.revise(site, token_map))
+            weight = method.weigh(site) if method.skips else None
+            return token_map, reduced.transpose(0, 1) if swap else reduced, weight
 
-        token_map, reduced = self.lift.emit(function, tensors)
+        token_map, reduced, weight = self.lift.emit(function, tensors)
         before, after = tensor_meta(tensors["hidden"]), tensor_meta(reduced)
         assert before is not None and after is not None
         kept = after.shape[block.token_dim]
@@ -280,7 +332,7 @@ class _Run:
             raise ValueError(
                 f"the map leaves {kept} of {place.tokens} tokens, {place.head + place.tail} of them protected"
             )
-        return token_map, reduced
+        return token_map, reduced, weight
 
     # -- positions ----------------------------------------------------------------------------------------------------
 
@@ -288,6 +340,8 @@ class _Run:
         """Why the tokens that a method leaves here cannot be numbered anew; empty where they can."""
         if method.scope == "round_trip":
             return f"{method.name} brings all tokens back behind one attention: their positions stay what they are"
+        if method.skips:
+            return f"{method.name} brings all tokens back behind one layer: their positions stay what they are"
         first = block.layer if method.scope == "layer" else block.layer + 1
         others = [b for b in self.blocks.attentions if (b.axis, b.form) == (block.axis, block.form)]
         return self.positions.fixed([b for b in others if b.layer >= first])

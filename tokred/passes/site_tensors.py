@@ -23,9 +23,10 @@ from tokred.registry.maps import cut_weight
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place, Site, Tower
 
-__all__ = ["SiteTensors", "number", "rows_at", "shape_of", "tower_of"]
+__all__ = ["RAGGED", "SiteTensors", "number", "rows_at", "shape_of", "tower_of", "visible"]
 
 SDPA = {torch.ops.aten.scaled_dot_product_attention.default}
+RAGGED = "tokred: the samples of this batch have different numbers of image tokens"
 PROBED = {"keys", "queries", "class_token"}  # what comes from an attention's operands
 
 
@@ -33,7 +34,7 @@ class SiteTensors:
     """Nodes of the new graph for a method's `Site`; what they need and nobody computed yet is emitted."""
 
     def __init__(self, lift: Lift, axes: Axes, blocks: Blocks, spans: Spans):
-        self.lift, self.axes, self.attentions = lift, axes, blocks.attentions
+        self.lift, self.axes, self.blocks = lift, axes, blocks
         self.mlps = {(mlp.axis, mlp.layer): mlp for mlp in blocks.mlps if mlp.axis}
         self.prepared: dict[tuple[Any, ...], fx.Node] = {}
         self.layers = {(b.axis, b.form, b.layer): b for b in blocks.attentions}
@@ -55,29 +56,35 @@ class SiteTensors:
         if span is not None and span.mask is not None and span.count is not None:
             tensors["inside"] = self.labels.inside(span, rows, whole=method.merges == "visual" and is_causal(block))
         wanted = set(method.needs_at(block.layer, block.depth))
-        if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
+        if "tower" in wanted and span is not None and (tower := self.tower(span, method)) is not None:
             if rows is None or rows.stage.parent is None:
-                tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
+                tensors["tower"] = self._tower(tower, method, value.shape[block.batch_dim])
         if "neurons" in wanted and (neurons := self.neurons(block)) is not None:
             batch, width = value.shape[block.batch_dim], shape_of(neurons)[-1]
             tensors["neurons"] = self.lift.emit(lambda x: x.reshape(batch, -1, width), self.lift.env[neurons].node)
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
-        if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
+        shorter = rows is not None and rows.stage.parent is not None  # the mask is cut to that where it is used
+        if method.scope == "layer" and method.probe == "next" and (PROBED & wanted or shorter):
             self.run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
 
-    def tower(self, span: Span) -> Encoder | None:
-        """The vision encoder behind a span, if it still has all of its own tokens."""
+    def tower(self, span: Span, method: Reduction) -> Encoder | None:
+        """The vision encoder behind a span, if it still has all of its own tokens where the method looks."""
         if span.features is None:
             return None
         if span.features not in self.towers:
-            self.towers[span.features] = find_tower(span.features, self.attentions)
+            self.towers[span.features] = find_tower(span.features, self.blocks.attentions)
         tower = self.towers[span.features]
         if tower is None:
             return None
-        seen = (tower.stream, tower.attention.query, tower.attention.key)
+        seen = [tower.stream, *(node for block in self._encoder(tower, method) for node in (block.query, block.key))]
         return None if any(self.lift.env[node].staged for node in seen) else tower
+
+    def _encoder(self, tower: Encoder, method: Reduction) -> list[Attention]:
+        """The attentions of a vision encoder that the method looks at, the last one first."""
+        last = tower.attention
+        return [last, *(self.layers[last.axis, last.form, n] for n in method.encoder_layers(last.layer + 1))]
 
     def neurons(self, block: Attention) -> fx.Node | None:
         """What the last linear of the MLP before an attention reads, [B N F] or [B*N F]."""
@@ -132,7 +139,7 @@ class SiteTensors:
         mask = self._heads(node, self._order(block, block.mask), None)
         meta, tensors = mask.meta["val"], {"mask": self._rank4(mask)}
         if meta.dim() == 4 and not (isinstance(meta.shape[0], int) and meta.shape[0] == 1):
-            tensors["valid"] = self.lift.emit(_visible, mask)
+            tensors["valid"] = self.lift.emit(visible, mask)
         return tensors
 
     def run_ahead(self, last: fx.Node) -> None:
@@ -181,25 +188,29 @@ class SiteTensors:
 
     # -- vision -------------------------------------------------------------------------------------------------------
 
-    def _tower(self, tower: Encoder, batch: Any) -> dict[str, Any]:
+    def _tower(self, tower: Encoder, method: Reduction, batch: Any) -> dict[str, Any]:
         """The tensors of a `Site`'s tower, and what the projector's ops take beside the rows: see `tower_of`."""
-        block, first = tower.attention, tower.first
-        query, key = (
+        blocks, first = self._encoder(tower, method), tower.first
+        operands = [
             self._heads(self.lift.env[node].node, self._order(block, node), shape_of(tower.stream)[0])
+            for block in blocks
             for node in (block.query, block.key)
-        )
-        scale = number(block.scale)
+        ]
+        scales = [number(block.scale) for block in blocks]
 
-        def function(stream: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor]:
-            images = Site(layer=0, depth=1, tokens=stream.shape[1], hidden=stream, query=query, key=key, scale=scale)
-            if first:
-                rows = images.attention(row=0).mean(1)  # [I T]
-            else:
-                rows = images.flow(torch.ones_like(stream[:, :, 0])).mean(1) / stream.shape[1]
-            seen = {"hidden": stream[:, first:], "key": key.mean(1)[:, first:], "attention": rows[:, first:]}
-            return {name: x.reshape(batch, -1, *x.shape[2:]) for name, x in seen.items()}
+        def function(stream: Tensor, *operands: Tensor) -> dict[str, Tensor]:
+            rows: list[Tensor] = []  # [I T] each
+            for query, key, scale in zip(operands[::2], operands[1::2], scales, strict=True):
+                numbers: dict[str, Any] = {"layer": 0, "depth": 1, "tokens": stream.shape[1], "scale": scale}
+                images = Site(hidden=stream, query=query, key=key, **numbers)
+                flow = None if first else images.flow(torch.ones_like(stream[:, :, 0])) / stream.shape[1]
+                rows.append((images.attention(row=0) if flow is None else flow).mean(1)[:, first:])
+            seen = {"hidden": stream[:, first:], "key": operands[1].mean(1)[:, first:], "attention": rows[0]}
+            whole = {name: x.reshape(batch, -1, *x.shape[2:]) for name, x in seen.items()}
+            earlier = [row.reshape(batch, -1) for row in rows[1:]]
+            return whole | {"earlier": torch.stack(earlier, 1) if earlier else whole["attention"][:, None][:, :0]}
 
-        fields: dict[str, Any] = self.lift.emit(function, self.lift.env[tower.stream].node, query, key)
+        fields: dict[str, Any] = self.lift.emit(function, self.lift.env[tower.stream].node, *operands)
         nodes = [node.all_input_nodes[1:] for node in tower.projector]
         return fields | {"projector": [[self.lift.env[arg].node for arg in args] for args in nodes]}
 
@@ -267,7 +278,8 @@ def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:
             rows = node.target(*args, **kwargs)  # type: ignore[operator]
         return rows
 
-    return Tower(**{name: x for name, x in tensors.items() if name != "projector"}, project=project)
+    patches = shape_of(tower.stream)[1] - tower.first
+    return Tower(**{name: x for name, x in tensors.items() if name != "projector"}, patches=patches, project=project)
 
 
 def number(scale: Any) -> Any:
@@ -286,7 +298,7 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor:
+def visible(mask: torch.Tensor) -> torch.Tensor:
     """[B N] whether any query of any head may see the key."""
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.any(-2).any(1)

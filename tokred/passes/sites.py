@@ -79,7 +79,7 @@ def unfit(
     if "visual" in needs and span is not None and span.mask is not None and span.count is None:
         reason = f"visual rows from {span.found}: samples of this batch have different numbers of them"
         return refuse("ragged-images", reason, block)
-    if "tower" in needs and (span is None or tensors.tower(span) is None):
+    if "tower" in needs and (span is None or tensors.tower(span, method) is None):
         reason = "no vision encoder shows whose patches, one by one, became these image tokens"
         return refuse("no-vision-tower", reason, block)
     if "tower" in needs and place.free != place.whole:
@@ -88,6 +88,8 @@ def unfit(
         return refuse("no-neurons", "no MLP of the layer before shows what its neurons do for each token", block)
     if method.scope == "layer" and method.probe == "previous" and attention and tensors.previous(block) is None:
         return refuse("no-previous-layer", "the scores come from the layer before, and there is none", block)
+    if method.skips and tensors.blocks.end_of_layer(block) is None:
+        return refuse("no-layer", "no MLP of its own ends this layer, so tokens cannot go around it", block)
     later = [b for b in caches.cut if b.axis == block.axis and b.layer >= block.layer]
     if later:
         reason = f"layer {later[0].layer} returns only its last keys to its cache, and others would be the last"

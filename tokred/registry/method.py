@@ -77,6 +77,8 @@ class Reduction(Method):
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is
              the layer itself, computed for the tokens that it would have had
+    skips    "layer" scope: the tokens that are removed go around this one layer, its attention and its MLP, and are
+             back in what enters the next
     merges   "visual": mixes tokens of the visual span with one another and with nothing else, and keeps all others in
              order. Under causal attention that leaks nothing into the text, if the span is one piece in every sample:
              asserted when the model runs
@@ -85,6 +87,7 @@ class Reduction(Method):
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "persistent"
     probe: ClassVar[str] = "previous"
+    skips: ClassVar[bool] = False
     averages: ClassVar[bool] = True  # each new row is a mean of old ones: its weights sum to one
     merges: ClassVar[str] = ""
     causal_safe: ClassVar[bool] = False  # keeps rows in order and never mixes them, so causal attention stays right
@@ -97,6 +100,11 @@ class Reduction(Method):
         """Whether all tokens are back in what enters this layer ("layer" scope), those that were dropped before it with
         the values that they had then."""
         return False
+
+    def encoder_layers(self, depth: int) -> list[int]:
+        """Of which layers of the vision encoder, from 0, a method that needs "tower" sees the attention as well; the
+        last of its `depth` layers in front of the features is always there."""
+        return []
 
     def prepare(self, site: Site) -> Tensor:
         """[B N] what a method that needs "prepared" computes once, from what enters layer 0 (the site's `hidden`).
@@ -116,6 +124,11 @@ class Reduction(Method):
     def revise(self, site: Site, token_map: TokenMap) -> Tensor:
         """[B N C] what the map then reduces: the stream itself, or with other values in some rows."""
         return site.hidden
+
+    def weigh(self, site: Site) -> Tensor:
+        """[B N] of a method that `skips`: a factor on what the layer's MLP adds to a row that goes through it, or on
+        the row itself if it goes around."""
+        return site.members()
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,16 @@ class Tower:
     hidden    [B S C']  its residual stream, from which each visual token was projected by itself
     key       [B S D]   mean over heads of the keys
     attention [B S]     the class token's attention, mean over heads; without such a token the mean of all tokens'
+    earlier   [B L S]   the same in the L earlier layers that the method's `encoder_layers` names
+    patches             how many visual tokens one image has; S is as many times that as a sample has images, or crops
     project             [B M C'] -> [B M C], the model's projector
     """
 
     hidden: Tensor
     key: Tensor
     attention: Tensor
+    earlier: Tensor
+    patches: int
     project: Callable[[Tensor], Tensor]
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tokred.registry.attention import AttentionRewrite
+from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Method, Reduction
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.attention import check_attention, long_enough
+from tokred.testing.frames import check_frames
 from tokred.testing.maps import check_plans
 from tokred.testing.models import (
     Run,
@@ -52,6 +54,12 @@ def check_method(
       mask says the same as none
     - float32, bfloat16, float64; shared key heads; one sample, several, a dynamic number; finite gradients
 
+    A `FrameFusion` instead:
+
+    - with `keyframe=1`, and in the first call, the compiled model is bitwise the model; later calls use earlier tokens
+    - the same frames give the same results; an image's tokens do not depend on the others
+    - float32, bfloat16, float64; a dynamic number of samples, of which another one begins anew; finite gradients
+
     method         a method object, its class (then with default options), or a recipe string of one method
     model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
                    encoder and a small decoder with image tokens, for methods that need something these lack
@@ -63,6 +71,12 @@ def check_method(
     if isinstance(subject, AttentionRewrite):
         assert isinstance(nothing, AttentionRewrite)
         check_attention(subject, nothing)
+    elif isinstance(subject, FrameFusion):
+        assert isinstance(nothing, FrameFusion) and model is None, "frames are checked in a model of this package"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check_frames(subject, nothing, prompt)
+        return
     else:
         assert isinstance(subject, Reduction) and isinstance(nothing, Reduction)
         for place in places(nothing):
@@ -130,13 +144,13 @@ def as_double(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def idle(method: AnyMethod) -> AnyMethod:
-    """The same method with options that remove nothing: `r=0`, `ratio=0`, `keep=1` or `coverage=0`; no `exit`."""
+    """The same method with options that change nothing: `r=0`, `ratio=0`, `keep=1`, `coverage=0`, `keyframe=1`."""
     names = {field.name for field in fields(method)}
     options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit") if name in names}
-    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0)):
+    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0), ("keyframe", 1)):
         if name in names:
             return replace(method, **options | {name: value})
-    lacks = "no option r, ratio or keep, nor coverage"
+    lacks = "no option r, ratio or keep, nor coverage or keyframe"
     raise AssertionError(f"{method.name} has {lacks}, by which it could be told to remove nothing")
 
 

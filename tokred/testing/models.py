@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
+from tokred.compiler.memory import carrying
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
 from tokred.registry.method import Method, Reduction
@@ -160,7 +161,8 @@ def compiled(model: nn.Module, method: Method) -> tuple[Callable[..., Any], Run]
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         done = transform(gm, inputs, options, lambda stage, graph: None)
         run.graphs.append(done)
-        return done.graph if done.changed else gm
+        graph = done.graph if done.changed else gm
+        return graph if done.memory is None else carrying(graph, done.memory)
 
     return torch.compile(model, backend=backend), run
 

@@ -15,7 +15,7 @@ from tokred.registry.spans import FOUND, derived
 __all__ = ["make_site", "places"]
 
 DEPTH = 12
-HEADS, HEAD_DIM, CHANNELS = 4, 8, 24
+HEADS, HEAD_DIM, CHANNELS = 4, 8, 32
 
 SHAPES = (
     {"tokens": 37, "head": 1, "grid": (6, 6)},  # a ViT
@@ -96,6 +96,8 @@ def make_site(
             hidden=normal(*patches, CHANNELS + 4),
             key=normal(*patches, HEAD_DIM),
             attention=normal(*patches).softmax(-1),
+            earlier=normal(batch, 2, place.span).softmax(-1),
+            patches=place.span // 2,
             project=lambda rows: rows @ weight,
         )
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
