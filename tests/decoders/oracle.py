@@ -24,6 +24,7 @@ __all__ = [
     "corematching",
     "decoder_layers",
     "embeddings",
+    "encoder",
     "fastv",
     "generate",
     "hidrop",
@@ -249,15 +250,45 @@ def _without(visual: Tensor, kept: list[list[int]]) -> Tensor:
     return gone
 
 
+def encoder(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B T C] what LLaVA's features are taken from; its last attention's weights [B H T T] and keys [B T H D]."""
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        hidden = tower(pixels, output_hidden_states=True).hidden_states[-1]
+    tower.set_attn_implementation("eager")  # which computes weights, but in float32
+    keys: list[Tensor] = []
+    layer = tower.encoder.layers[-1].self_attn
+    hook = layer.k_proj.register_forward_hook(lambda module, inputs, output: keys.append(output))
+    with torch.no_grad():
+        seen = tower(pixels, output_attentions=True)
+    hook.remove()
+    tower.set_attn_implementation("sdpa")
+    return hidden, seen.attentions[-1], keys[0].unflatten(-1, (layer.num_heads, -1))
+
+
+def _pivots(model: Any, inputs: dict[str, Tensor]) -> list[int] | None:
+    """The patch of each sample with the most attention of the class token, or of all patches where there is none."""
+    if not hasattr(model, "model") or not hasattr(model.model, "multi_modal_projector"):
+        return None
+    if model.config.model_type == "internvl":  # four patches are one image token
+        return None
+    attention = encoder(model, inputs["pixel_values"])[1].mean(1)  # [B T T]
+    if model.config.vision_feature_select_strategy == "full":
+        return attention.mean(1).argmax(-1).tolist()
+    return attention[:, 0, 1:].argmax(-1).tolist()
+
+
 def todre(keep: float, exit_layer: int) -> Selection:
-    """arXiv 2505.18757v2: from the row nearest the mean on, always the one least like the chosen ones."""
+    """arXiv 2505.18757v2: from the pivot on always the row least like the chosen ones. Without an encoder the pivot is
+    the row nearest the mean."""
 
     def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
-        kept = []
+        kept: list[list[int]] = []
+        pivots = _pivots(model, inputs)
         for rows, x, cosines in _entering(model, inputs, visual):
             mean = x[rows].mean(0)
             nearness = [float(x[row] @ mean / x[row].norm()) for row in rows]
-            chosen = [nearness.index(max(nearness))]
+            chosen = [nearness.index(max(nearness)) if pivots is None else pivots[len(kept)]]
             while len(chosen) < round(keep * len(rows)):
                 left = [v for v in range(len(rows)) if v not in chosen]
                 chosen.append(min(left, key=lambda v: sum(float(cosines[v, c]) for c in chosen)))
@@ -268,13 +299,46 @@ def todre(keep: float, exit_layer: int) -> Selection:
     return select
 
 
-def zoo_prune(keep: float) -> Selection:
-    """arXiv 2509.24837's greedy choice, with the length of what enters layer 0 for the sensitivity."""
+def _directions(count: int, width: int, seed: int) -> Tensor:
+    """[count width] standard normal numbers from a permutation of the numbers below a prime (Box and Muller)."""
+    prime, drawn = 2**24 - 3, []
+    for place in range(count * width):
+        uniform = []
+        for number in (0, 1):
+            x = place
+            for multiplier, shift in ((48271, seed), (69621, number)):
+                x = pow(x * multiplier + shift * 7919 + 12345, 5, prime)
+            uniform.append((x + 1) / prime)
+        drawn.append(math.sqrt(-2 * math.log(uniform[0])) * math.cos(2 * math.pi * uniform[1]))
+    return torch.tensor(drawn, dtype=torch.float64).view(count, width)
+
+
+def _sensitivities(model: Any, pixels: Tensor, probes: int, step: float, seed: int) -> list[list[float]]:
+    """How far the projector's output moves, on average, per step to both sides of what it reads."""
+    hidden = encoder(model, pixels)[0]
+    patches = hidden if model.config.vision_feature_select_strategy == "full" else hidden[:, 1:]
+    found, directions = [], _directions(probes, patches.shape[-1], seed)
+    for sample in patches:
+        changes = []
+        for x in sample:
+            total = 0.0
+            for u in directions:
+                with torch.no_grad():
+                    ahead, behind = (model.model.multi_modal_projector(x + h * u) for h in (step, -step))
+                total += float(((ahead - behind) / (2 * step)).norm())
+            changes.append(total / probes)
+        found.append(changes)
+    return found
+
+
+def zoo_prune(keep: float, probes: int = 64, step: float = 0.01, seed: int = 0) -> Selection:
+    """arXiv 2509.24837; without probes, with the length of what enters layer 0 for the sensitivity."""
 
     def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
-        kept = []
+        kept: list[list[int]] = []
+        found = _sensitivities(model, inputs["pixel_values"], probes, step, seed) if probes else None
         for rows, x, cosines in _entering(model, inputs, visual):
-            length = [float(x[row].square().sum().sqrt()) for row in rows]
+            length = [float(x[row].square().sum().sqrt()) for row in rows] if found is None else found[len(kept)]
             score = [(v - min(length)) / (max(length) - min(length)) for v in length]
             chosen: list[int] = [score.index(1.0)]
             while len(chosen) < round(keep * len(rows)):

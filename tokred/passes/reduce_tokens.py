@@ -215,7 +215,9 @@ class _Run:
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
         note = getattr(self.gate, "notes", {}).get(block, "")
         if span is not None:
-            note = "; ".join(part for part in (f"visual rows from {span.found}", note) if part)
+            blind = "tower" in method.wants_at(block.layer, block.depth) and self.tensors.tower(span) is None
+            parts = (f"visual rows from {span.found}", "no vision encoder shows" if blind else "", note)
+            note = "; ".join(part for part in parts if part)
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 

@@ -50,7 +50,7 @@ class SiteTensors:
             )
         if span is not None and span.mask is not None:
             tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
-        wanted = set(method.needs_at(block.layer, block.depth))
+        wanted = {*method.needs_at(block.layer, block.depth), *method.wants_at(block.layer, block.depth)}
         if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, value.shape[block.batch_dim])
@@ -286,7 +286,8 @@ def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:
 
     def project(rows: Tensor) -> Tensor:
         for node, beside in steps:
-            values = dict(zip(node.all_input_nodes, (rows, *beside), strict=True))
+            parameters = (parameter.to(rows.dtype) for parameter in beside)
+            values = dict(zip(node.all_input_nodes, (rows, *parameters), strict=True))
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             rows = node.target(*args, **kwargs)  # type: ignore[operator]
         return rows

@@ -62,7 +62,7 @@ class Tower:
     hidden    [B S C']  its residual stream, from which each visual token was projected by itself
     key       [B S D]   mean over heads of the keys
     attention [B S]     the class token's attention, mean over heads; without such a token the mean of all tokens'
-    project             [B M C'] -> [B M C], the model's projector
+    project             [B M C'] -> [B M C], the model's projector, in the precision of the rows that it is given
     """
 
     hidden: Tensor

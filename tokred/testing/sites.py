@@ -41,11 +41,12 @@ def places(method: Reduction) -> list[Place]:
 
 def _fits(method: Reduction, place: Place) -> bool:
     """Whether a method that needs this much is asked here, and does not refuse."""
-    if ("class_token" in method.needs and not place.head) or ("grid" in method.needs and place.grid is None):
+    needs = method.needs_at(place.layer, place.depth)
+    if ("class_token" in needs and not place.head) or ("grid" in needs and place.grid is None):
         return False
-    if "visual" in method.needs and place.span is None:
+    if "visual" in needs and place.span is None:
         return False
-    if "tower" in method.needs and place.free != place.whole:
+    if "tower" in needs and place.free != place.whole:
         return False
     if place.span is not None and not method.causal_safe and method.merges != "visual":
         return False
