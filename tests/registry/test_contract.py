@@ -50,7 +50,11 @@ VARIANTS = [
     "tome(r=[0, 0, 3], prop_attn=False)",
     "tomesd(ratio=0.9, sx=3, sy=1, use_rand=False)",
     "tomesd(ratio=0.7, seed=1)",
+    "todre(keep=0.5, pivot='mean')",
     "zoo_prune(keep=0.4, layer=2)",
+    "zoo_prune(keep=0.4, probes=0)",
+    "zoo_prune(probes=9, step=1, seed=4)",
+    "elastic_pool(tokens=9)",
 ]
 
 

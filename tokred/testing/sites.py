@@ -94,7 +94,7 @@ def make_site(
             hidden=normal(*patches, CHANNELS + 4),
             key=normal(*patches, HEAD_DIM),
             attention=normal(*patches).softmax(-1),
-            project=lambda rows: rows @ weight,
+            project=lambda rows: rows @ weight.to(rows.dtype),
         )
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
     heads = (batch, HEADS, tokens, HEAD_DIM)
