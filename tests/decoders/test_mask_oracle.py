@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tokred
-from tests.decoders import oracle
+from tests.decoders import diverse, oracle
 from tests.decoders.models import DECODERS, IMAGE, LENGTH, SPAN, VLMS, build, prompts
 from tokred.generation import PrunedLayer
 
@@ -19,11 +19,12 @@ METHODS: dict[str, oracle.Selection] = {
     "adaptinfer(keep=[0.5, 0.25], layers=[1, 3])": oracle.adaptinfer([1, 3], [0.5, 0.25]),
     "sparsevlm(keep=[0.5, 0.25], layers=[1, 3])": oracle.sparsevlm([1, 3], [0.5, 0.25]),
     "hidrop(keep=[0.5, 0.25, 0], layers=[1, 2, 4])": oracle.hidrop([1, 2, 4], [0.5, 0.25, 0]),
-    "todre(keep=0.4)": oracle.todre(0.4, exit_layer=4),
-    "zoo_prune(keep=0.4)": oracle.zoo_prune(0.4),
-    "zoo_prune(keep=0.4, probes=9, step=0.1, seed=3)": oracle.zoo_prune(0.4, 9, 0.1, 3),
-    "zoo_prune(keep=0.4, probes=0)": oracle.zoo_prune(0.4, 0),
-    "catp(keep=0.4)": oracle.catp(0.4, 0.7),
+    "todre(keep=0.4)": diverse.todre(0.4, exit_layer=4),
+    "zoo_prune(keep=0.4)": diverse.zoo_prune(0.4),
+    "zoo_prune(keep=0.4, probes=9, step=0.1, seed=3)": diverse.zoo_prune(0.4, 9, 0.1, 3),
+    "zoo_prune(keep=0.4, probes=0)": diverse.zoo_prune(0.4, 0),
+    "catp(keep=0.4)": diverse.catp(0.4, 0.7),
+    "catp(keep=0.34, images=2)": diverse.catp(0.34, 0.7, 2, 1),
     "corematching(layer=2, keep=0.4)": oracle.corematching(2, 0.4, 0.4),
 }
 

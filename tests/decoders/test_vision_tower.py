@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 import tokred
 from tests.compiler.graphs import captured
-from tests.decoders import oracle
+from tests.decoders import diverse
 from tests.decoders.models import IMAGE, PATCHES, build, prompts
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import find_blocks
@@ -28,7 +28,7 @@ def _fresh_dynamo() -> Any:
 
 def zipped(model: Any, pixels: Tensor, head: int) -> tuple[list[list[int]], Tensor]:
     """The kept patches of each sample, and their features [B K C], as the paper says: one sample after the other."""
-    hidden, attention, keys = oracle.encoder(model, pixels)
+    hidden, attention, keys = diverse.encoder(model, pixels)
     kept, features = [], []
     for sample in range(len(pixels)):
         patches, key = hidden[sample, head:], keys[sample].mean(1)[head:]

@@ -232,9 +232,13 @@ class _Run:
         numbers |= {"scale": number(probed.scale), "causal": probed.causal}
         numbers |= {"prop_attn": rows is not None and rows.stage.prop_attn}
         tower = None if span is None else self.tensors.tower(span)
+        before_that = self.tensors.probed(probed, method)
 
         def site_of(inputs: dict[str, Any]) -> Site:
             seen = dict(inputs)
+            if "earlier" in seen:
+                own = {"scale": number(before_that.scale), "causal": before_that.causal}
+                seen["earlier"] = Site(**numbers | own, **seen["earlier"] | {"hidden": seen["hidden"]})
             if "tower" in seen:
                 seen["tower"] = tower_of(tower, seen["tower"])
             return Site(**numbers, **seen)

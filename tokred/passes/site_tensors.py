@@ -11,7 +11,7 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
-from tokred.compiler.relations import Op
+from tokred.compiler.relations import Op, same
 from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span
 from tokred.compiler.staging import Rows, Stage
@@ -61,7 +61,15 @@ class SiteTensors:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
         if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
             self._run_ahead(block.anchor)
-        return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
+        if method.scope == "round_trip":
+            return tensors
+        probed, batch = self.probed(block, method), value.shape[block.batch_dim]
+        if "earlier" in wanted:
+            earlier = tensors["earlier"] = self._attention(self.probed(probed, method), method, wanted, batch)
+            seen = [shape_of(earlier[name])[2] for name in ("query", "key", "weights") if name in earlier]
+            if not all(same(length, value.shape[block.token_dim]) for length in seen):
+                raise ValueError("tokens were removed between the two layers whose attention is compared")
+        return tensors | self._attention(probed, method, wanted, batch)
 
     def tower(self, span: Span) -> Encoder | None:
         """The vision encoder behind a span, if it still has all of its own tokens."""
@@ -96,9 +104,7 @@ class SiteTensors:
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
-    def _attention(self, block: Attention, method: Reduction, value: Any) -> dict[str, Any]:
-        batch, needs = value.shape[block.batch_dim], set(method.needs_at(block.layer, block.depth))
-        block = self.probed(block, method)
+    def _attention(self, block: Attention, method: Reduction, needs: set[str], batch: Any) -> dict[str, Any]:
         reads = bool(PROBED & needs)
         if reads and method.scope == "layer" and block.anchor.target not in SDPA and len(shape_of(block.anchor)) == 4:
             return {"weights": self.lift.env[block.anchor].node}

@@ -70,7 +70,8 @@ class Reduction(Method):
 
     needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
              "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once),
-             "neurons" (what the MLP of the layer before makes of the tokens)
+             "neurons" (what the MLP of the layer before makes of the tokens), "earlier" (beside "queries": those of one
+             layer more before)
     wants    what of these the site shows where it has it, and does without where it has not
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens

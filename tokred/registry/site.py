@@ -88,6 +88,7 @@ class Site(Place):
     neurons [B N F]    what the last linear of the MLP before reads, the activated neurons
     prepared [B N]     what the method's `prepare` made of the tokens that entered layer 0
     inside  [B N]      True for the tokens of the visual span, exactly `span` of each sample, where `span` is not None
+    earlier            the same tokens in the layer before the probed one: its query, key, mask and scale, or weights
     tower              the vision encoder behind the visual tokens, where it shows and all of them are still there
     """
 
@@ -102,6 +103,7 @@ class Site(Place):
     scale: Any = None
     weights: Tensor | None = None
     inside: Tensor | None = None
+    earlier: Site | None = None
     tower: Tower | None = None
     neurons: Tensor | None = None
     prepared: Tensor | None = None
