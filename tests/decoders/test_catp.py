@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 import tokred
 from tests.decoders import diverse, oracle
 from tests.decoders.models import IMAGE, PATCHES, SPAN, build, prompts
-from tokred import Place
+from tokred import Place, Site
 from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
+from tokred.registry.visual import VisualCut
 from tokred.testing.sites import make_site
 
 
@@ -118,3 +120,40 @@ def test_what_does_not_fit_is_refused(recipe: str, code: str, reason: str) -> No
     refusals = [block.refusal for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
     assert {refusal.code for refusal in refusals} == {code}
     assert all(reason in refusal.reason for refusal in refusals)
+
+
+@dataclass(frozen=True)
+class Rises(VisualCut):
+    """Keeps half: what the last token looks at more than a layer before."""
+
+    keep: float = 0.5
+
+    name: ClassVar[str] = "rises"
+    needs = ("visual", "queries", "earlier")
+
+    def left(self, place: Place) -> int:
+        return round(self.keep * place.free)
+
+    def score(self, site: Site) -> Tensor:
+        assert site.earlier is not None
+        return (site.attention(row=-1) - site.earlier.attention(row=-1)).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "layer", "code", "reason"),
+    [
+        ("", 1, "no-previous-layer", "two layers before are compared, and there is one"),
+        ("fastv(layer=2, keep=0.5)", 3, "method-raised", "tokens were removed between the two layers"),
+        ("fastv(layer=2, keep=0.5)", 4, "", ""),
+    ],
+)
+def test_two_layers_are_compared_on_the_same_tokens_or_not_at_all(
+    first: str, layer: int, code: str, reason: str
+) -> None:
+    methods = [*(parse_recipe(first).methods if first else ()), Rises(layers=[layer])]
+    with torch.no_grad():
+        model = tokred.compile(build("llama"), methods, lower="eager", spans={"visual": SPAN})  # type: ignore[arg-type]
+        model(**prompts(model="llama"))
+    (block,) = [b for graph in tokred.reports().graphs for b in graph.blocks if b.method and "rises" in b.method]
+    assert (block.refusal.code if block.refusal else "") == code
+    assert reason in (block.refusal.reason if block.refusal else "")

@@ -28,6 +28,7 @@ def test_method_keeps_the_contract(name):
 
 VARIANTS = [
     "catp(keep=0.3, weight=5)",
+    "catp(keep=0.3, images=4)",
     "evit(keep=0.4, fuse=False)",
     "aim(keep=[0.5, 0.7, 0.3], layers=[0, 4, 9])",
     "aim(keep=[1, 0.5], layers=[0, 7])",
