@@ -20,8 +20,11 @@ __all__ = [
     "Selection",
     "adaptinfer",
     "attention_of",
+<<<<<<< HEAD
     "catp",
     "compact",
+=======
+>>>>>>> s5_partial
     "corematching",
     "decoder_layers",
     "embeddings",
@@ -33,8 +36,6 @@ __all__ = [
     "mixture_of_depths",
     "pyramiddrop",
     "sparsevlm",
-    "todre",
-    "zoo_prune",
 ]
 
 Dropped = dict[int, Tensor]  # layer -> [B N], True where a prompt token is gone from this layer on
@@ -252,86 +253,6 @@ def late(model: Any, visual: Tensor, enter: int) -> Iterator[None]:
         _late.pop()
         for handle in handles:
             handle.remove()
-
-
-def _entering(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> list[tuple[list[int], Tensor, Tensor]]:
-    """For each sample the visual rows, what enters layer 0 [N C], and the cosines of the visual rows [V V]."""
-    with torch.no_grad():
-        hidden = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[0]
-    found = []
-    for sample, x in enumerate(hidden):
-        rows = visual[sample].nonzero().squeeze(-1).tolist()
-        unit = [x[row] / x[row].square().sum().sqrt() for row in rows]
-        cosines = torch.stack([torch.stack([(a * b).sum() for b in unit]) for a in unit])
-        found.append((rows, x, cosines))
-    return found
-
-
-def _without(visual: Tensor, kept: list[list[int]]) -> Tensor:
-    gone = visual.clone()
-    for sample, rows in enumerate(kept):
-        gone[sample, rows] = False
-    return gone
-
-
-def todre(keep: float, exit_layer: int) -> Selection:
-    """arXiv 2505.18757v2: from the row nearest the mean on, always the one least like the chosen ones."""
-
-    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
-        kept = []
-        for rows, x, cosines in _entering(model, inputs, visual):
-            mean = x[rows].mean(0)
-            nearness = [float(x[row] @ mean / x[row].norm()) for row in rows]
-            chosen = [nearness.index(max(nearness))]
-            while len(chosen) < round(keep * len(rows)):
-                left = [v for v in range(len(rows)) if v not in chosen]
-                chosen.append(min(left, key=lambda v: sum(float(cosines[v, c]) for c in chosen)))
-            kept.append([rows[v] for v in chosen])
-        gone = _without(visual, kept)
-        return {0: gone, exit_layer: visual & ~gone}
-
-    return select
-
-
-def zoo_prune(keep: float) -> Selection:
-    """arXiv 2509.24837's greedy choice, with the length of what enters layer 0 for the sensitivity."""
-
-    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
-        kept = []
-        for rows, x, cosines in _entering(model, inputs, visual):
-            length = [float(x[row].square().sum().sqrt()) for row in rows]
-            score = [(v - min(length)) / (max(length) - min(length)) for v in length]
-            chosen: list[int] = [score.index(1.0)]
-            while len(chosen) < round(keep * len(rows)):
-                left = [v for v in range(len(rows)) if v not in chosen]
-                chosen.append(max(left, key=lambda v: score[v] * (1 - max(float(cosines[v, c]) for c in chosen))))
-            kept.append([rows[v] for v in chosen])
-        return {0: _without(visual, kept)}
-
-    return select
-
-
-def catp(keep: float, weight: float) -> Selection:
-    """arXiv 2508.07871, stage 1: always the row that raises facility location plus alignment with the text most."""
-
-    def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
-        kept = []
-        for rows, x, cosines in _entering(model, inputs, visual):
-            text = x[max(rows) + 1 :].mean(0)
-            aligned = [float(x[row] @ text / x[row].norm() / text.norm()) for row in rows]
-
-            def worth(chosen: list[int], cosines: Tensor = cosines, aligned: list[float] = aligned) -> float:
-                covered = sum(max(0.0, *(float(cosines[v, c]) for c in chosen)) for v in range(len(aligned)))
-                return round(covered + weight * sum((1 + aligned[c]) / 2 for c in chosen), 12)
-
-            chosen: list[int] = []
-            while len(chosen) < int(keep * len(rows)):
-                left = [v for v in range(len(rows)) if v not in chosen]
-                chosen.append(max(left, key=lambda v: worth([*chosen, v])))
-            kept.append([rows[v] for v in chosen])
-        return {0: _without(visual, kept)}
-
-    return select
 
 
 def corematching(layer: int, keep: float, core: float) -> Selection:

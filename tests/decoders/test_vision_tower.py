@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 import tokred
 from tests.compiler.graphs import captured
+from tests.decoders import diverse
 from tests.decoders.models import IMAGE, PATCHES, build, prompts
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import find_blocks
@@ -25,25 +26,9 @@ def _fresh_dynamo() -> Any:
     torch.compiler.reset()
 
 
-def encoder(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B T C] what the features are taken from, and its last attention's weights [B H T T] and keys [B T H D]."""
-    tower = model.model.vision_tower
-    with torch.no_grad():
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[-1]
-    tower.set_attn_implementation("eager")  # which computes weights, but in float32
-    keys: list[Tensor] = []
-    layer = tower.encoder.layers[-1].self_attn
-    hook = layer.k_proj.register_forward_hook(lambda module, inputs, output: keys.append(output))
-    with torch.no_grad():
-        seen = tower(pixels, output_attentions=True)
-    hook.remove()
-    tower.set_attn_implementation("sdpa")
-    return hidden, seen.attentions[-1], keys[0].unflatten(-1, (layer.num_heads, -1))
-
-
 def zipped(model: Any, pixels: Tensor, head: int) -> tuple[list[list[int]], Tensor]:
     """The kept patches of each sample, and their features [B K C], as the paper says: one sample after the other."""
-    hidden, attention, keys = encoder(model, pixels)
+    hidden, attention, keys = diverse.encoder(model, pixels)
     kept, features = [], []
     for sample in range(len(pixels)):
         patches, key = hidden[sample, head:], keys[sample].mean(1)[head:]
@@ -122,14 +107,25 @@ def test_a_tower_that_lost_tokens_of_its_own_is_none() -> None:
     ]
 
 
-def test_no_tower_is_seen_behind_shuffled_pixels() -> None:
+@pytest.mark.parametrize("recipe", ["visionzip(keep=0.5)", "zoo_prune(keep=0.5)"])
+def test_no_tower_is_seen_behind_shuffled_pixels(recipe: str) -> None:
     """InternVL makes one image token of four patches."""
     tokred.reset()
-    model = tokred.compile(build("internvl"), "visionzip(keep=0.5)", lower="eager")
+    model = tokred.compile(build("internvl"), recipe, lower="eager")
     with torch.no_grad():
         model(**prompts(2, model="internvl"))
     refusals = [block.refusal for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
     assert [refusal.code for refusal in refusals] == ["no-vision-tower"]
+
+
+@pytest.mark.parametrize(("name", "blind"), [("internvl", True), ("llava", False)])
+def test_a_method_that_only_wants_a_tower_acts_without_one_and_the_report_says_so(name: str, blind: bool) -> None:
+    tokred.reset()
+    model = tokred.compile(build(name), "todre(keep=0.5)", lower="eager", strict=True)
+    with torch.no_grad():
+        model(**prompts(2, model=name))
+    notes = [block.note for graph in tokred.reports().graphs for block in graph.blocks if block.method]
+    assert ["no vision encoder shows" in note for note in notes] == [blind, False]
 
 
 # -- what is and what is not the features of a tower ------------------------------------------------------------------

@@ -2,16 +2,17 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tokred
 from tokred.demo.data import split
-from tokred.demo.mosaic import data, train
+from tokred.demo.mosaic import data, table, train
 from tokred.demo.mosaic.data import CELLS, IMAGE, KINDS, PATCHES, QUESTIONS, WORDS, answers, bank, samples
 from tokred.demo.mosaic.model import CHECKPOINT, build, example, load
-from tokred.demo.mosaic.table import EXACT, RECIPES, cells, recipes, score, write_json
+from tokred.demo.mosaic.table import BATCH, EXACT, RECIPES, Row, cells, recipes, score, time_against_dense, write_json
 from tokred.demo.mosaic.train import accuracy
 from tokred.registry.recipe import parse_recipe
 
@@ -211,6 +212,47 @@ def test_every_recipe_can_be_read_and_a_method_that_is_not_registered_is_left_ou
         assert parse_recipe(row.recipe).methods
     monkeypatch.setattr(tokred, "methods", lambda: {"fastv": None})
     assert [row.method for row in recipes((75,))] == ["dense", "fastv"]
+    assert [row.recipe for row in recipes((90, 50))] == [EXACT, RECIPES["fastv"][0], RECIPES["fastv"][2]]
+
+
+def test_a_score_counts_last_words_by_kind_over_all_batches(monkeypatch):
+    """A model that is right about the first batch, and behind it about "is there" alone."""
+    many = samples(40)
+    assert len(many) == 2 * BATCH
+    calls = []
+
+    def function(input_ids, logits_to_keep, **inputs):
+        part = slice(len(calls) * BATCH, (len(calls) + 1) * BATCH)
+        calls.append(part)
+        assert logits_to_keep == 1
+        assert torch.equal(input_ids, many.input_ids[part])
+        right = torch.ones(BATCH, dtype=torch.bool) if len(calls) == 1 else many.kind[part] == 2
+        logits = torch.zeros(BATCH, 2, 200)
+        logits[:, 0, 7] = 9.0  # nobody asked what comes first
+        logits[torch.arange(BATCH), 1, torch.where(right, many.answer[part], 199)] = 1.0
+        text = many.input_ids.shape[1] - PATCHES
+        layers = [SimpleNamespace(keys=torch.zeros(BATCH, 1, text + kept, 2)) for kept in (100, 7)]
+        return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(layers=layers))
+
+    seen = [[SimpleNamespace(flops=(1, 1))]]
+    seen.append(seen[0] + [SimpleNamespace(flops=(60, 20)), SimpleNamespace(flops=(40, 5))])
+    monkeypatch.setattr(table, "_compiled", lambda model, row, lower: function)
+    monkeypatch.setattr(tokred, "reports", lambda: SimpleNamespace(graphs=seen[bool(calls)]))
+    row = score(None, many, Row("fastv", 75, "fastv()"))
+    first = [float((many.kind[:BATCH] == kind).sum() / (many.kind == kind).sum()) for kind in range(3)]
+    assert row.accuracy == pytest.approx(dict(zip(KINDS, [first[0], first[1], 1.0], strict=True)))
+    assert 0 < first[0] < 1
+    assert row.total == pytest.approx((first[0] + first[1] + 1) / 3)
+    assert (row.visual, row.flops) == ([100, 7], 0.25)
+    shown = [f"{row.total:.1%}", *(f"{row.accuracy[kind]:.1%}" for kind in KINDS), "53.5", "7", "0.25", "", ""]
+    assert list(cells(row)) == shown
+
+
+def test_speeds_are_the_dense_model_s_time_over_the_reduced_one_s(model, monkeypatch):
+    seconds = iter([{"dense": 3.0, "reduced": 2.0}, {"dense": 8.0, "reduced": 10.0}])
+    monkeypatch.setattr(table, "interleaved", lambda functions, rounds: next(seconds))
+    row = time_against_dense(model, samples(20), Row("dense", 0, EXACT))
+    assert (row.prefill, row.end_to_end) == (1.5, 0.8)
 
 
 @pytest.mark.slow

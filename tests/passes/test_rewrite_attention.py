@@ -161,6 +161,53 @@ class Dropping(Masked):
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=0.1).transpose(1, 2).flatten(2)
 
 
+class Scaled(Masked):
+    """Scores are multiplied by a number of the model's own; `how` computes the attention."""
+
+    how: Any = staticmethod(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.9))
+
+    def attend(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = block.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        attended: Tensor = self.how(q, k, v)
+        return attended.transpose(1, 2).flatten(2)
+
+
+class Crossed(Masked):
+    """Queries of the text, keys and values of something else."""
+
+    def attend(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
+        q = block.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)[0]
+        _, k, v = block.qkv(self.words.weight).unflatten(-1, (3, 4, -1)).permute(1, 2, 0, 3)
+        k, v = (part.expand(len(x), -1, -1, -1) for part in (k, v))
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Written(Masked):
+    """Softmax between two products."""
+
+    def attend(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = block.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Flat(Masked):
+    """Heads are samples: [B*H N D]."""
+
+    def attend(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = block.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
+
+
+class OneKey(Masked):
+    """One key for all heads, but a value for each."""
+
+    def attend(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = block.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return scaled_dot_product_attention(q, k[:, :1], v, is_causal=True).transpose(1, 2).flatten(2)
+
+
 def codes(model: nn.Module, recipe: str, *inputs: Tensor, **options: Any) -> list[str]:
     with torch.no_grad():
         compiled(model.double().eval(), recipe, **options)(*inputs)
@@ -175,6 +222,30 @@ def test_a_causal_mask_is_as_good_as_the_flag() -> None:
 @pytest.mark.parametrize(("kind", "code"), [(Windowed, "windowed"), (Biased, "windowed"), (Dropping, "dropout")])
 def test_other_masks_and_dropout_are_refused(kind: type[nn.Module], code: str) -> None:
     assert codes(kind(), SHORT + ")", IDS) == [code, code]
+
+
+def test_the_scale_is_the_model_s_own() -> None:
+    model, wanted = Scaled().double(), Scaled().double()
+    wanted.load_state_dict(model.state_dict())
+    options: dict[str, Any] = {"window": 4, "least": 6, "coverage": 0.3}
+    wanted.how = lambda q, k, v: token_sparse(q, k, v, **options, scale=0.9)
+    with torch.no_grad():
+        got = compiled(model, SHORT + ", layers=':')")(IDS)
+        torch.testing.assert_close(got, wanted(IDS), rtol=1e-10, atol=1e-10)
+        wanted.how = lambda q, k, v: token_sparse(q, k, v, **options)
+        assert (got - wanted(IDS)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(Crossed, "cross-attention"), (Written, "no-sdpa"), (Flat, "layout"), (OneKey, "layout")]
+)
+def test_what_is_no_plain_self_attention_is_refused_and_runs_as_it_is(kind: type[nn.Module], code: str) -> None:
+    model = kind().double().eval()
+    found = codes(model, SHORT + ", layers=':')", IDS, exact=kind is not Written)
+    assert set(found) == {code}
+    with torch.no_grad():
+        got = compiled(model, SHORT + ", layers=':')", exact=kind is not Written)(IDS)
+        torch.testing.assert_close(got, model(IDS), rtol=1e-10, atol=1e-10)
 
 
 def test_an_encoder_is_refused() -> None:
@@ -245,6 +316,26 @@ def test_an_attention_in_plain_code() -> None:
             q, k[:, :, :4], v[:, :, :4], enable_gqa=True
         )
         torch.testing.assert_close(got, wanted(IDS), rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_of_two_methods_computes_what_both_name() -> None:
+    model = decoder()
+    sparse = parse_recipe(SHORT + ")").methods[0]
+    with torch.no_grad():
+        compiled(model, [sparse, FirstKeys()])(IDS)  # type: ignore[arg-type]
+    assert [str(row.method).split("(")[0] for row in rows()] == ["first_keys"] + ["token_sparse_attention"] * 2
+
+
+class Narrow(FirstKeys):
+    def attend(self, *tensors: Any, **options: Any) -> Tensor:
+        return super().attend(*tensors, **options).float()
+
+
+def test_a_method_that_gives_another_precision_is_refused() -> None:
+    model = decoder()
+    with torch.no_grad():
+        assert torch.equal(compiled(model, Narrow())(IDS), model(IDS))  # type: ignore[arg-type]
+    assert [row.refusal.code for row in rows()] == ["method-raised"] * 3
 
 
 def test_a_method_that_gives_another_shape_is_refused_and_the_model_runs() -> None:

@@ -78,6 +78,16 @@ COUNTS += [
     ("aim", visual(15, depth=28, span=144), 18),
     ("aim", visual(22, depth=28, span=18), 18),
     ("aim(keep=0.5)", visual(0), 288),
+    ("visionzip", visual(0), 512),  # 64 stay
+    ("visionzip(keep=0.0113)", visual(0), 569),  # round(6.5088)
+    ("corematching", visual(6), 432),
+    ("corematching(keep=0.0113)", visual(6), 569),
+    ("zoo_prune", visual(0), 512),
+    ("todre", visual(0), 518),  # round(57.6)
+    ("todre", visual(28, span=58), 58),
+    ("elastic_pool", visual(0), 432),
+    ("elastic_pool(tokens=64)", visual(0), 512),
+    ("elastic_pool(tokens=900)", visual(0), 0),
 ]
 
 
@@ -140,7 +150,13 @@ OTHERS = [
     "todre(exit=True)",
     "todre(exit='late')",
     "todre(layer=-1)",
+    "todre(pivot='random')",
     "zoo_prune(keep=0)",
+    "zoo_prune(probes=-1)",
+    "zoo_prune(probes=6.4)",
+    "zoo_prune(step=0)",
+    "zoo_prune(step=True)",
+    "zoo_prune(seed=0.5)",
     "catp(weight=-1)",
     "catp(weight=True)",
     "catp(ratio=1)",
@@ -174,6 +190,17 @@ REFUSED = [
     ("expedit(grid=(7, 15))", place(), "the patches' grid is (14, 14), which is no finer"),
     ("tomesd(sx=15)", place(), "one cell is larger than the grid (14, 14)"),
 ]
+
+
+LAYERS = [("sparsevlm", 32, [3, 7, 16]), ("aim", 28, [0, *range(15, 23)]), ("hidrop", 32, [0, 9, 10, 14, 16, 18, 25])]
+LAYERS += [("adaptinfer", 32, [2, 11, 21]), ("pyramiddrop", 32, [8, 16, 24]), ("corematching", 32, [6])]
+LAYERS += [("fastv", 32, [2]), ("todre", 32, [0, 28]), ("zoo_prune", 32, [0]), ("visionzip", 32, [0])]
+LAYERS += [("elastic_pool", 32, [0]), ("sparsevlm", 8, [1, 2, 4]), ("corematching", 4, [3])]
+
+
+@pytest.mark.parametrize("name, depth, layers", LAYERS)
+def test_the_layers_are_the_paper_s(name, depth, layers):
+    assert method(name).default_layers(depth) == layers
 
 
 @pytest.mark.parametrize("depth", range(1, 34))

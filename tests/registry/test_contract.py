@@ -38,6 +38,7 @@ def test_method_keeps_the_contract(name):
 
 VARIANTS = [
     "catp(keep=0.3, weight=5)",
+    "catp(keep=0.3, images=4)",
     "evit(keep=0.4, fuse=False)",
     "aim(keep=[0.5, 0.7, 0.3], layers=[0, 4, 9])",
     "aim(keep=[1, 0.5], layers=[0, 7])",
@@ -60,7 +61,11 @@ VARIANTS = [
     "tome(r=[0, 0, 3], prop_attn=False)",
     "tomesd(ratio=0.9, sx=3, sy=1, use_rand=False)",
     "tomesd(ratio=0.7, seed=1)",
+    "todre(keep=0.5, pivot='mean')",
     "zoo_prune(keep=0.4, layer=2)",
+    "zoo_prune(keep=0.4, probes=0)",
+    "zoo_prune(probes=9, step=1, seed=4)",
+    "elastic_pool(tokens=9)",
 ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokred.registry.grid import PRIME, cell_numbers, coarser, first_of_cells, others, shuffled
+from tokred.registry.grid import PRIME, cell_numbers, coarser, first_of_cells, normal, others, shuffled
 
 CPU = torch.device("cpu")
 GRIDS = [((6, 6), (3, 3)), ((5, 7), (2, 3)), ((1, 11), (1, 4)), ((14, 14), (9, 13)), ((3, 4), (3, 4)), ((7, 2), (1, 1))]
@@ -83,3 +83,25 @@ def test_the_draw_is_a_fixed_one():
             x = pow(x * multiplier + shift * 7919 + 12345, 5, PRIME)
         expected.append(x)
     assert shuffled(50, 7, 3, CPU).tolist() == expected
+
+
+def test_normal_numbers_are_normal_and_unrelated():
+    """Moments and shares, and no two rows, columns or seeds that go together: each within five standard deviations."""
+    drawn = normal(64, 1024, 0, CPU).double()
+    count = drawn.numel()
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        spread = {1: 1, 2: 2, 3: 15, 4: 96, 6: 10170}[power] ** 0.5  # of x^power
+        assert abs(drawn.pow(power).mean().item() - moment) < 5 * spread / count**0.5
+    for bound, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
+        assert abs((drawn.abs() < bound).double().mean().item() - share) < 0.01
+    assert drawn.isfinite().all()
+    between = drawn @ drawn.T / 1024
+    assert (between - torch.eye(64)).abs().max() < 5 * 2**0.5 / 32
+    for other in (normal(64, 1024, 1, CPU), normal(65, 1024, 0, CPU)[1:], drawn.roll(1, 1)):
+        assert abs((drawn * other).mean().item()) < 5 / count**0.5
+
+
+def test_normal_numbers_are_fixed_ones():
+    """Outputs of old recipes must not change."""
+    expected = [[1.4318, -0.3227], [0.4464, -0.1452]]
+    torch.testing.assert_close(normal(2, 2, 0, CPU), torch.tensor(expected), rtol=0, atol=1e-4)

@@ -12,7 +12,7 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
-from tokred.compiler.relations import Op
+from tokred.compiler.relations import Op, same
 from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Rows, Stage
@@ -51,12 +51,19 @@ class SiteTensors:
                 if rows.lo or rows.hi
                 else rows.stage.size
             )
+<<<<<<< HEAD
         stage = rows.stage if rows is not None else Stage(value.shape[block.token_dim])
         tensors["spans"] = self.labels.of(block, method, stage)
         if span is not None and span.mask is not None and span.count is not None:
             tensors["inside"] = self.labels.inside(span, rows, whole=method.merges == "visual" and is_causal(block))
         wanted = set(method.needs_at(block.layer, block.depth))
         if "tower" in wanted and span is not None and (tower := self.tower(span, method)) is not None:
+=======
+        if span is not None and span.mask is not None:
+            tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
+        wanted = {*method.needs_at(block.layer, block.depth), *method.wants_at(block.layer, block.depth)}
+        if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
+>>>>>>> s5_partial
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, method, value.shape[block.batch_dim])
         if "neurons" in wanted and (neurons := self.neurons(block)) is not None:
@@ -64,10 +71,24 @@ class SiteTensors:
             tensors["neurons"] = self.lift.emit(lambda x: x.reshape(batch, -1, width), self.lift.env[neurons].node)
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
+<<<<<<< HEAD
         shorter = rows is not None and rows.stage.parent is not None  # the mask is cut to that where it is used
         if method.scope == "layer" and method.probe == "next" and (PROBED & wanted or shorter):
             self.run_ahead(block.anchor)
         return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
+=======
+        if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
+            self._run_ahead(block.anchor)
+        if method.scope == "round_trip":
+            return tensors
+        probed, batch = self.probed(block, method), value.shape[block.batch_dim]
+        if "earlier" in wanted:
+            earlier = tensors["earlier"] = self._attention(self.probed(probed, method), method, wanted, batch)
+            seen = [shape_of(earlier[name])[2] for name in ("query", "key", "weights") if name in earlier]
+            if not all(same(length, value.shape[block.token_dim]) for length in seen):
+                raise ValueError("tokens were removed between the two layers whose attention is compared")
+        return tensors | self._attention(probed, method, wanted, batch)
+>>>>>>> s5_partial
 
     def tower(self, span: Span, method: Reduction) -> Encoder | None:
         """The vision encoder behind a span, if it still has all of its own tokens where the method looks."""
@@ -107,9 +128,7 @@ class SiteTensors:
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
-    def _attention(self, block: Attention, method: Reduction, value: Any) -> dict[str, Any]:
-        batch, needs = value.shape[block.batch_dim], set(method.needs_at(block.layer, block.depth))
-        block = self.probed(block, method)
+    def _attention(self, block: Attention, method: Reduction, needs: set[str], batch: Any) -> dict[str, Any]:
         reads = bool(PROBED & needs)
         if reads and method.scope == "layer" and block.anchor.target not in SDPA and len(shape_of(block.anchor)) == 4:
             return {"weights": self.lift.env[block.anchor].node}
@@ -273,7 +292,8 @@ def tower_of(tower: Encoder | None, tensors: dict[str, Any]) -> Tower:
 
     def project(rows: Tensor) -> Tensor:
         for node, beside in steps:
-            values = dict(zip(node.all_input_nodes, (rows, *beside), strict=True))
+            parameters = (parameter.to(rows.dtype) for parameter in beside)
+            values = dict(zip(node.all_input_nodes, (rows, *parameters), strict=True))
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             rows = node.target(*args, **kwargs)  # type: ignore[operator]
         return rows

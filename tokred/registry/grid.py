@@ -1,15 +1,15 @@
-"""Grids of patches: coarser ones, the cells that cover them, and a choice that looks random but is not."""
+"""Grids of patches: coarser ones, the cells that cover them; and numbers that look random but are not."""
 
 from __future__ import annotations
 
 from itertools import product
-from math import ceil, floor, sqrt
+from math import ceil, floor, pi, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["cell_numbers", "coarser", "first_of_cells", "others", "shuffled"]
+__all__ = ["cell_numbers", "coarser", "first_of_cells", "normal", "others", "shuffled"]
 
 PRIME = 2**24 - 3  # the largest prime that float32 counts up to
 
@@ -58,3 +58,13 @@ def shuffled(count: Any, seed: int, layer: int, device: torch.device) -> Tensor:
         square = x * x % PRIME
         x = square * square % PRIME * x % PRIME
     return x
+
+
+def normal(rows: int, columns: Any, seed: int, device: torch.device) -> Tensor:
+    """[rows columns] standard normal numbers in float32, the same on every device, up to rounding, and in every run.
+
+    Box and Muller's transform (1958) of two `shuffled` sequences.
+    """
+    first, second = ((shuffled(rows * columns, seed, number, device) + 1) / PRIME for number in (0, 1))  # in (0, 1]
+    drawn: Tensor = (-2 * first.log()).sqrt() * (2 * pi * second).cos()
+    return drawn.view(rows, columns)

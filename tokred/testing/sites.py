@@ -42,11 +42,12 @@ def places(method: Reduction) -> list[Place]:
 
 def _fits(method: Reduction, place: Place) -> bool:
     """Whether a method that needs this much is asked here, and does not refuse."""
-    if ("class_token" in method.needs and not place.head) or ("grid" in method.needs and place.grid is None):
+    needs = method.needs_at(place.layer, place.depth)
+    if ("class_token" in needs and not place.head) or ("grid" in needs and place.grid is None):
         return False
-    if "visual" in method.needs and place.span is None:
+    if "visual" in needs and place.span is None:
         return False
-    if "tower" in method.needs and place.free != place.whole:
+    if "tower" in needs and place.free != place.whole:
         return False
     if place.span is not None and not method.causal_safe and method.merges != "visual":
         return False
@@ -96,9 +97,13 @@ def make_site(
             hidden=normal(*patches, CHANNELS + 4),
             key=normal(*patches, HEAD_DIM),
             attention=normal(*patches).softmax(-1),
+<<<<<<< HEAD
             earlier=normal(batch, 2, place.span).softmax(-1),
             patches=place.span // 2,
             project=lambda rows: rows @ weight,
+=======
+            project=lambda rows: rows @ weight.to(rows.dtype),
+>>>>>>> s5_partial
         )
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
     heads = (batch, HEADS, tokens, HEAD_DIM)

@@ -25,7 +25,8 @@ TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask"
 def expected_rows(tokens: int, window: int, least: int) -> int:
     """How many rows are taken to attend where nothing has run yet: half of those before the window, at least `least`.
 
-    Half is what the paper's 3.23 times faster attention at 128K tokens comes to: (1 / 2)^2, and the overhead.
+    Half is what the paper's 3.23 times faster attention at 128K tokens comes to: (1 / 2)^2, and the overhead. It is no
+    measurement: of the benchmark's synthetic input 80 % attend at 2K tokens, 71 % at 4K and 60 % at 16K.
     """
     free = tokens - window
     return tokens if free <= least else window + max(least, (free + 1) // 2)

@@ -26,8 +26,16 @@ class CoreMatching(VisualCut):
     where it is positive; the core neurons of a prompt are those that fire for most of its tokens, padding apart.
 
     Every positive neuron of a token counts, as in the released code; the paper takes each token's largest first. The
-    paper keeps what lies before the elbow of the sorted counts, a number that depends on the data. A compiled graph has
-    one shape: here `keep` says how many. The released code drops nothing; it sets keys and values to zero.
+    released code drops nothing; it sets keys and values to zero.
+
+    The paper keeps what lies before the elbow of the sorted counts, another number for each prompt. A compiled graph
+    has one shape, and that number is not known without waiting for the device: so `keep` says how many, for all
+    prompts. To have the paper's choice within it, find the elbow of a few prompts beforehand:
+
+        counts = elbow(core_matches(neurons, valid, core)[:, visual])   # neurons: what down_proj of layer - 1 reads
+        CoreMatching(layer=layer, core=core, keep=share_with_room(counts, visual_tokens))
+
+    (`tokred.registry.elbow`). All tokens of the paper's are kept then, and the next best up to the share.
 
     layer         the first layer that runs on fewer tokens; 6, as the released code looks at layer 5 first
     keep, ratio   fraction of the visual tokens kept or removed, rounded; 0.25
@@ -55,11 +63,21 @@ class CoreMatching(VisualCut):
 
     def score(self, site: Site) -> Tensor:
         assert site.neurons is not None
-        fires = (site.neurons > 0).to(precise(site.neurons).dtype)  # [B N F]
-        often = (site.members().to(fires.dtype).unsqueeze(1) @ fires).squeeze(1)  # [B F]
-        core = _untied(often).topk(ceil(self.core * often.shape[-1]), dim=-1).indices
-        member = often.new_zeros(often.shape).scatter(1, core, 1.0)
-        return _untied((fires @ member.unsqueeze(-1)).squeeze(-1))
+        return _untied(core_matches(site.neurons, site.members(), self.core))
+
+
+def core_matches(neurons: Tensor, members: Tensor, core: float) -> Tensor:
+    """[B N] how many of its sample's core neurons each token fires.
+
+    neurons  [B N F] what the last linear of an MLP reads
+    members  [B N] 1 or True, 0 for padding
+    core     fraction of the neurons that are core neurons: those that are positive for most tokens
+    """
+    fires = (neurons > 0).to(precise(neurons).dtype)
+    often = (members.to(fires.dtype).unsqueeze(1) @ fires).squeeze(1)  # [B F]
+    chosen = _untied(often).topk(ceil(core * often.shape[-1]), dim=-1).indices
+    member = often.new_zeros(often.shape).scatter(1, chosen, 1.0)
+    return (fires @ member.unsqueeze(-1)).squeeze(-1)
 
 
 def _untied(counts: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class TokenSparseAttention(AttentionRewrite):
     kernel: int = 7
     grouped: bool = False
 
-    assumes: ClassVar[str] = "if half of the tokens attend; how many do shows when it runs"
+    assumes: ClassVar[str] = "if half of the tokens attend, an assumption; how many do shows when it runs"
 
     def __post_init__(self) -> None:
         number = isinstance(self.coverage, (int, float)) and not isinstance(self.coverage, bool)
