@@ -20,11 +20,7 @@ __all__ = [
     "Selection",
     "adaptinfer",
     "attention_of",
-<<<<<<< HEAD
-    "catp",
     "compact",
-=======
->>>>>>> s5_partial
     "corematching",
     "decoder_layers",
     "embeddings",

@@ -282,21 +282,15 @@ class _Run:
         if compact:
             self._assert_consecutive(block, stage)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
-<<<<<<< HEAD
         if end is not None and weight is not None:
             self.skipped[end] = _Skipped(block, value, stage, token_map, weight)
+        wants = method.wants_at(block.layer, block.depth)
+        blind = span is not None and "tower" in wants and self.tensors.tower(span, method) is None
         parts = [f"visual rows from {span.found}"] if span is not None else []
-        parts += self.tensors.labels.found(block, method)
+        parts += ["no vision encoder shows" if blind else "", *self.tensors.labels.found(block, method)]
         parts += [getattr(self.gate, "notes", {}).get(block, ""), "compact positions" if compact else ""]
         parts += ["the others go around this layer"] if end is not None else []
         note = "; ".join(part for part in parts if part)
-=======
-        note = getattr(self.gate, "notes", {}).get(block, "")
-        if span is not None:
-            blind = "tower" in method.wants_at(block.layer, block.depth) and self.tensors.tower(span) is None
-            parts = (f"visual rows from {span.found}", "no vision encoder shows" if blind else "", note)
-            note = "; ".join(part for part in parts if part)
->>>>>>> s5_partial
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
 
@@ -310,12 +304,8 @@ class _Run:
         rows, probed = rows_at(value, block.token_dim), self.tensors.probed(block, method)
         numbers |= {"scale": number(probed.scale), "causal": probed.causal}
         numbers |= {"prop_attn": rows is not None and rows.stage.prop_attn}
-<<<<<<< HEAD
         tower = None if span is None else self.tensors.tower(span, method)
-=======
-        tower = None if span is None else self.tensors.tower(span)
         before_that = self.tensors.probed(probed, method)
->>>>>>> s5_partial
 
         def site_of(inputs: dict[str, Any]) -> Site:
             seen = dict(inputs)

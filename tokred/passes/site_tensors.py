@@ -51,19 +51,12 @@ class SiteTensors:
                 if rows.lo or rows.hi
                 else rows.stage.size
             )
-<<<<<<< HEAD
         stage = rows.stage if rows is not None else Stage(value.shape[block.token_dim])
         tensors["spans"] = self.labels.of(block, method, stage)
         if span is not None and span.mask is not None and span.count is not None:
             tensors["inside"] = self.labels.inside(span, rows, whole=method.merges == "visual" and is_causal(block))
-        wanted = set(method.needs_at(block.layer, block.depth))
-        if "tower" in wanted and span is not None and (tower := self.tower(span, method)) is not None:
-=======
-        if span is not None and span.mask is not None:
-            tensors["inside"] = self._inside(span, rows, whole=method.merges == "visual" and is_causal(block))
         wanted = {*method.needs_at(block.layer, block.depth), *method.wants_at(block.layer, block.depth)}
-        if "tower" in wanted and span is not None and (tower := self.tower(span)) is not None:
->>>>>>> s5_partial
+        if "tower" in wanted and span is not None and (tower := self.tower(span, method)) is not None:
             if rows is None or rows.stage.parent is None:
                 tensors["tower"] = self._tower(tower, method, value.shape[block.batch_dim])
         if "neurons" in wanted and (neurons := self.neurons(block)) is not None:
@@ -71,14 +64,9 @@ class SiteTensors:
             tensors["neurons"] = self.lift.emit(lambda x: x.reshape(batch, -1, width), self.lift.env[neurons].node)
         if "prepared" in wanted:
             tensors["prepared"] = self._prepared(block, method, place, rows, span)
-<<<<<<< HEAD
         shorter = rows is not None and rows.stage.parent is not None  # the mask is cut to that where it is used
         if method.scope == "layer" and method.probe == "next" and (PROBED & wanted or shorter):
             self.run_ahead(block.anchor)
-        return tensors if method.scope == "round_trip" else tensors | self._attention(block, method, value)
-=======
-        if method.scope == "layer" and method.probe == "next" and PROBED & wanted:
-            self._run_ahead(block.anchor)
         if method.scope == "round_trip":
             return tensors
         probed, batch = self.probed(block, method), value.shape[block.batch_dim]
@@ -88,7 +76,6 @@ class SiteTensors:
             if not all(same(length, value.shape[block.token_dim]) for length in seen):
                 raise ValueError("tokens were removed between the two layers whose attention is compared")
         return tensors | self._attention(probed, method, wanted, batch)
->>>>>>> s5_partial
 
     def tower(self, span: Span, method: Reduction) -> Encoder | None:
         """The vision encoder behind a span, if it still has all of its own tokens where the method looks."""

@@ -88,13 +88,10 @@ def unfit(
         return refuse("no-neurons", "no MLP of the layer before shows what its neurons do for each token", block)
     if method.scope == "layer" and method.probe == "previous" and attention and tensors.previous(block) is None:
         return refuse("no-previous-layer", "the scores come from the layer before, and there is none", block)
-<<<<<<< HEAD
     if method.skips and tensors.blocks.end_of_layer(block) is None:
         return refuse("no-layer", "no MLP of its own ends this layer, so tokens cannot go around it", block)
-=======
     if "earlier" in needs and tensors.previous(tensors.probed(block, method)) is None:
         return refuse("no-previous-layer", "two layers before are compared, and there is one", block)
->>>>>>> s5_partial
     later = [b for b in caches.cut if b.axis == block.axis and b.layer >= block.layer]
     if later:
         reason = f"layer {later[0].layer} returns only its last keys to its cache, and others would be the last"

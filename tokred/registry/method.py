@@ -70,15 +70,11 @@ class Reduction(Method):
 
     needs    what the site must have: "keys", "queries", "class_token", "grid", "visual" (a span of image features),
              "tower" (the vision encoder that made them), "prepared" (what `prepare` computed once),
-<<<<<<< HEAD
              other spans, which are then in the site's `spans`: "text", "prefix" (text in front of the first image),
              "instruction" (text behind the last), "images" (which image a token is of), "padding",
-             "neurons" (what the MLP of the layer before makes of the tokens)
-=======
              "neurons" (what the MLP of the layer before makes of the tokens), "earlier" (beside "queries": those of one
              layer more before)
     wants    what of these the site shows where it has it, and does without where it has not
->>>>>>> s5_partial
     scope    "persistent": the stream stays short from this attention on; "layer": from what enters this layer on;
              "round_trip": only this attention sees fewer tokens
     probe    whose queries and keys a "layer" method sees: those of the "previous" layer, or of the "next" one, which is

@@ -62,13 +62,9 @@ class Tower:
     hidden    [B S C']  its residual stream, from which each visual token was projected by itself
     key       [B S D]   mean over heads of the keys
     attention [B S]     the class token's attention, mean over heads; without such a token the mean of all tokens'
-<<<<<<< HEAD
     earlier   [B L S]   the same in the L earlier layers that the method's `encoder_layers` names
     patches             how many visual tokens one image has; S is as many times that as a sample has images, or crops
-    project             [B M C'] -> [B M C], the model's projector
-=======
     project             [B M C'] -> [B M C], the model's projector, in the precision of the rows that it is given
->>>>>>> s5_partial
     """
 
     hidden: Tensor
@@ -96,12 +92,9 @@ class Site(Place):
     neurons [B N F]    what the last linear of the MLP before reads, the activated neurons
     prepared [B N]     what the method's `prepare` made of the tokens that entered layer 0
     inside  [B N]      True for the tokens of the visual span, exactly `span` of each sample, where `span` is not None
-<<<<<<< HEAD
     spans              [B N] for each other span that the method needs, by name: True for its tokens; of "images" the
                        number of each token's image, -1 outside (tokred/registry/spans.py)
-=======
     earlier            the same tokens in the layer before the probed one: its query, key, mask and scale, or weights
->>>>>>> s5_partial
     tower              the vision encoder behind the visual tokens, where it shows and all of them are still there
     """
 
@@ -116,11 +109,8 @@ class Site(Place):
     scale: Any = None
     weights: Tensor | None = None
     inside: Tensor | None = None
-<<<<<<< HEAD
     spans: Mapping[str, Tensor] = field(default_factory=dict)
-=======
     earlier: Site | None = None
->>>>>>> s5_partial
     tower: Tower | None = None
     neurons: Tensor | None = None
     prepared: Tensor | None = None

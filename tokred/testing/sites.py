@@ -97,13 +97,9 @@ def make_site(
             hidden=normal(*patches, CHANNELS + 4),
             key=normal(*patches, HEAD_DIM),
             attention=normal(*patches).softmax(-1),
-<<<<<<< HEAD
             earlier=normal(batch, 2, place.span).softmax(-1),
             patches=place.span // 2,
-            project=lambda rows: rows @ weight,
-=======
             project=lambda rows: rows @ weight.to(rows.dtype),
->>>>>>> s5_partial
         )
     numbers = {field.name: getattr(place, field.name) for field in fields(Place)}
     heads = (batch, HEADS, tokens, HEAD_DIM)

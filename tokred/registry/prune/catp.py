@@ -54,12 +54,7 @@ class CATP(DiverseCut):
     second: int | None = None
     affinity: float = 0.6
 
-<<<<<<< HEAD
-    default_keep = 0.611
-    needs = ("visual", "instruction")
-=======
     probe = "previous"
->>>>>>> s5_partial
 
     def __post_init__(self) -> None:
         super().__post_init__()
