@@ -77,7 +77,7 @@ class SiteTensors:
                 raise ValueError("tokens were removed between the two layers whose attention is compared")
         return tensors | self._attention(probed, method, wanted, batch)
 
-    def tower(self, span: Span, method: Reduction) -> Encoder | None:
+    def tower(self, span: Span, method: Reduction | None = None) -> Encoder | None:
         """The vision encoder behind a span, if it still has all of its own tokens where the method looks."""
         if span.features is None:
             return None
@@ -89,9 +89,11 @@ class SiteTensors:
         seen = [tower.stream, *(node for block in self._encoder(tower, method) for node in (block.query, block.key))]
         return None if any(self.lift.env[node].staged for node in seen) else tower
 
-    def _encoder(self, tower: Encoder, method: Reduction) -> list[Attention]:
+    def _encoder(self, tower: Encoder, method: Reduction | None) -> list[Attention]:
         """The attentions of a vision encoder that the method looks at, the last one first."""
         last = tower.attention
+        if method is None:
+            return [last]
         return [last, *(self.layers[last.axis, last.form, n] for n in method.encoder_layers(last.layer + 1))]
 
     def neurons(self, block: Attention) -> fx.Node | None:
