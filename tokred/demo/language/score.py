@@ -36,7 +36,7 @@ def bits_per_byte(perplexity: float, tokens: int, size: int) -> float:
 
 
 def baselines(train: Tensor, held_out: Tensor) -> dict[str, float]:
-    """The perplexity on `held_out` [T] of counts in `train` [S]: of tokens, and of pairs with what pairs lack from them.
+    """The perplexity on `held_out` [T] of counts in `train` [S]: of tokens, and of pairs backed by them.
 
     unigram: one added to each count. bigram: 0.75 taken off each pair's count, and the mass so won given to the
     unigram (absolute discounting, Ney, Essen and Kneser 1994).

@@ -1,5 +1,4 @@
-"""Train the language models' checkpoints: `python -m tokred.demo.language.train [--relu]`, the second from the first.
-"""
+"""Train the language models' checkpoints: `python -m tokred.demo.language.train`, then the same with `--relu`."""
 
 import argparse
 import math
@@ -30,7 +29,7 @@ def draw(tokens: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(model: Any, rate: float, steps: int, minutes: float, path: Path, seed: int = 0) -> None:
-    """`steps` steps, or as many as `minutes` allow; the rate rises for 100 steps and falls as a cosine to a hundredth."""
+    """`steps` steps, or as many as `minutes` allow; the rate rises for 100 steps and falls as a cosine."""
     generator = torch.Generator().manual_seed(seed)
     tokens, held_out = corpus(held_out=False).tokens(), corpus(held_out=True).tokens()
     both, start, step, done, recent = optimizers(model), time.perf_counter(), 0, 0.0, []
