@@ -57,19 +57,25 @@ class Pairs:
         return len(self.input_ids)
 
 
-def pairs(samples: int, seed: int | torch.Generator = 0, number: int = PAIRS) -> Pairs:
-    """`samples` sequences of `number` pairs, at most 12, in the first `CONTEXT` rows, each asked for once behind."""
+def pairs(
+    samples: int,
+    seed: int | torch.Generator = 0,
+    number: int = PAIRS,
+    context: int = CONTEXT,
+    length: int = LENGTH,
+) -> Pairs:
+    """`samples` sequences of `number` pairs in the first `context` of `length` rows, each asked for once behind."""
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
 
     def some(of: int) -> Tensor:  # `number` different ones of `of`, in any order: [S P]
         return torch.rand(samples, of, generator=generator).argsort(dim=1)[:, :number]
 
     keys, values = KEYS.start + some(len(KEYS)), VALUES.start + some(len(VALUES))
-    ids = torch.randint(FILLER.start, FILLER.stop, (samples, LENGTH), generator=generator)
-    told = 2 * some(CONTEXT // 2)
-    gaps = torch.arange(1, (LENGTH - CONTEXT) // 2 + 1) ** -0.99  # Zoology's a * i^(a - 1), a = 0.01
+    ids = torch.randint(FILLER.start, FILLER.stop, (samples, length), generator=generator)
+    told = 2 * some(context // 2)
+    gaps = torch.arange(1, (length - context) // 2 + 1) ** -0.99  # Zoology's a * i^(a - 1), a = 0.01
     asked = torch.multinomial(gaps.expand(samples, -1), number, generator=generator)
-    asked = CONTEXT + 2 * asked.gather(1, some(number))  # else what was told first tends to be asked first
+    asked = context + 2 * asked.gather(1, some(number))  # else what was told first tends to be asked first
     for where in (told, asked):
         ids.scatter_(1, where, keys).scatter_(1, where + 1, values)
     return Pairs(ids, asked, values)
@@ -110,16 +116,26 @@ def example(batch: int = 8) -> tuple[Any, tuple[()], dict[str, Tensor]]:
     return load(), (), {"input_ids": pairs(batch).input_ids}
 
 
+def lesson(done: float, generator: torch.Generator) -> Pairs:
+    """What to learn from when `done` of the training, 0 to 1, is over: three pairs without filler, then ever more.
+
+    Of sequences as long as those that are scored nothing was learned in a thousand steps but which values are left.
+    """
+    grown = min(1, max(0, 3 * done - 1))
+    most, told, asked = (3 + round(grown * (full - 3)) for full in (PAIRS, CONTEXT // 2, (LENGTH - CONTEXT) // 2))
+    number = int(torch.randint(3, most + 1, (), generator=generator))
+    return pairs(64 if grown == 0 else 32, generator, number, 2 * told, 2 * (told + asked))
+
+
 def train(model: Any, rate: float, steps: int, path: Path, seed: int = 0) -> None:
-    """Of 2 to `PAIRS` pairs each; the loss is the answers' alone. The rate rises for 100 steps, then is a cosine."""
+    """The loss is that of the answers alone. The rate rises for 50 steps and falls as a cosine."""
     generator, scored = torch.Generator().manual_seed(seed), pairs(200, seed=1)
     both, start, recent = optimizers(model), time.perf_counter(), []
     for step in range(1, steps + 1):
         for optimizer in both:
             falling = 0.505 + 0.495 * math.cos(math.pi * step / steps)
-            optimizer.param_groups[0]["lr"] = rate * min(step / 100, falling)
-        number = int(torch.randint(2, PAIRS + 1, (), generator=generator))
-        data = pairs(32, generator, number)
+            optimizer.param_groups[0]["lr"] = rate * min(step / 50, falling)
+        data = lesson(step / steps, generator)
         hidden = model.model(input_ids=data.input_ids, use_cache=False).last_hidden_state
         rows = hidden.gather(1, data.where[:, :, None].expand(-1, -1, hidden.shape[-1]))
         loss = F.cross_entropy(model.lm_head(rows).flatten(0, 1), data.value.flatten())
@@ -143,8 +159,8 @@ def train(model: Any, rate: float, steps: int, path: Path, seed: int = 0) -> Non
 def main() -> None:
     """Train, write the weights as float16, and score what was written."""
     parser = argparse.ArgumentParser(description="Train the recall model's checkpoint.")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--path", type=Path, default=CHECKPOINT)
     args = parser.parse_args()

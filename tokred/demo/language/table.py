@@ -239,7 +239,7 @@ def recipes(levels: Sequence[int] = LEVELS) -> list[Row]:
     if "relu_exact" in registered:
         rows.append(Row("relu_exact", 0, RECIPES["relu_exact"], "relu"))
     for level in levels:
-        rows += [Row(name, level, f"{name}, by hand") for name in BY_HAND]
+        rows += [Row(name, level, f"by hand: {name}, {level} % left out") for name in BY_HAND]
         for name, recipe in RECIPES.items():
             if name in registered and "{" in recipe:
                 rows.append(Row(name, level, recipe.format(left=level / 100, keep=round(1 - level / 100, 2))))
