@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.only not in plain.recipe or (kind in known and not again) or (kind == "speed" and not timed):
                 continue
             row = table.Row(**known["row"]) if "row" in known else plain
-            machine = describe()
+            machine = describe() | {"held-out text": corpus(held_out=True).digest}
             if kind == "run":
                 row = table.score(models, tokens, data, row)
             else:

@@ -46,7 +46,8 @@ def test_what_is_slower_than_the_mlps_were_has_no_gain():
 
 @pytest.mark.slow
 def test_each_workload_is_run_and_written(tmp_path, capsys):
-    arguments = "--layers 1 --width 64 --rounds 1 --lower eager --variants inductor exact --workloads prefill".split()
+    size = ["--layers", "1", "--width", "64", "--rounds", "1", "--lower", "eager"]
+    arguments = [*size, "--variants", "inductor", "exact", "--workloads", "prefill"]
     target = tmp_path / "decode.json"
     decode.main([*arguments, "--json", str(target)])
     written = json.loads(target.read_text())
