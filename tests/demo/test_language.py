@@ -18,7 +18,7 @@ from tokred.registry.recipe import parse_recipe
 
 # Of Python 3.11.7, which the checkpoints were trained and scored with; another Python's text is another one.
 DIGEST = "026fdbc9ade85966"
-RECORDED = {"silu": 0.0, "relu": 0.0}  # perplexity of 8 windows
+RECORDED = {"silu": 42.576, "relu": 0.0}  # perplexity of 8 windows
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,9 @@ def test_a_checkpoint_has_the_perplexity_that_was_recorded(models, held_out, act
 def test_the_perplexity_comes_from_the_weights_and_from_what_was_read(models, held_out):
     good = perplexity(models["silu"], held_out, 4, WINDOW, 4)
     broken = load()
-    torch.nn.init.zeros_(broken.model.layers[1].mlp.down_proj.weight)
-    assert perplexity(broken, held_out, 4, WINDOW, 4) > 1.1 * good
+    for layer in broken.model.layers:
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    assert perplexity(broken, held_out, 4, WINDOW, 4) > 1.5 * good
     assert perplexity(models["silu"], held_out[torch.randperm(len(held_out))], 4, WINDOW, 4) > 3 * good
     assert math.log(perplexity(build(), held_out, 4, WINDOW, 4)) > 0.95 * math.log(VOCABULARY)
 

@@ -5,7 +5,10 @@ Efficient Language Models", ICLR 2024, arXiv 2312.04927, section 4 and appendix 
 every key is asked for once, at gaps that follow a power law. Unlike there the pairs are scattered over a context that
 is mostly filler, so that a method that drops tokens has something to choose; the filler has words of its own.
 
-`python -m tokred.demo.language.recall` trains the checkpoint, a Llama of two layers.
+`python -m tokred.demo.language.recall` trains the checkpoint, a Llama of two layers; 950 seconds with a fifth of a
+core. The last line of the run that made the one that comes with tokred:
+
+    recall.safetensors, 0.28 MB: recall 1.000
 """
 
 import argparse
