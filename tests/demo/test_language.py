@@ -18,7 +18,7 @@ from tokred.registry.recipe import parse_recipe
 
 # Of Python 3.11.7, which the checkpoints were trained and scored with; another Python's text is another one.
 DIGEST = "026fdbc9ade85966"
-RECORDED = {"silu": 42.576, "relu": 0.0}  # perplexity of 8 windows
+RECORDED = {"silu": 42.576, "relu": 42.794}  # perplexity of 8 windows
 
 
 @pytest.fixture(scope="module")

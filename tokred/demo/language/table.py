@@ -31,12 +31,10 @@ PROMPT, WORDS = 64, 32  # tokens read and generated for the speed
 MASKED = ", phase='masked'"
 SPANS = {"visual": (0, CONTEXT)}  # for methods that drop image tokens the context is the image
 
-# {left} is the share left out, {keep} what stays. Methods for neurons say so of every MLP, on whole texts ("masked").
+# {left} is the share left out, {keep} what stays. Those for neurons say so of every MLP, on whole texts ("masked").
 NEURONS = {
     "cats": f"cats(sparsity={{left}}{MASKED})",
     "teal": f"teal(sparsity={{left}}{MASKED})",
-    "core_neurons": f"core_neurons(sparsity={{left}}{MASKED})",
-    "relu_exact": "relu_exact()",
 }
 # What drops or merges tokens is asked for recall alone: a perplexity would be that of tokens whose successors chose
 # who is read, and those that were dropped would have none of their own. Each cuts in front of layer 1 of the two.
@@ -236,12 +234,10 @@ def recipes(levels: Sequence[int] = LEVELS) -> list[Row]:
     """What to measure: the models as they are, then level by level what is written by hand and what is registered."""
     registered = tokred.methods()
     rows = [Row("dense", 0, DENSE, activation) for activation in text.ACTIVATIONS]
-    if "relu_exact" in registered:
-        rows.append(Row("relu_exact", 0, RECIPES["relu_exact"], "relu"))
     for level in levels:
         rows += [Row(name, level, f"by hand: {name}, {level} % left out") for name in BY_HAND]
         for name, recipe in RECIPES.items():
-            if name in registered and "{" in recipe:
+            if name in registered:
                 rows.append(Row(name, level, recipe.format(left=level / 100, keep=round(1 - level / 100, 2))))
     return rows
 

@@ -4,11 +4,11 @@ Next-token prediction on the training files, windows from anywhere in them; Muon
 the embedding. The second model starts with the first one's weights: only its gate's activation is another.
 
 The checkpoints that come with tokred are one run each, from its start to its end, on two cores that others used too:
-`--minutes 38`, then `--relu --rate 2e-3 --minutes 9`. How many steps that is depends on the machine, 1756 and RELUSTEPS
+`--minutes 38`, then `--relu --rate 2e-3 --minutes 9`. How many steps that is depends on the machine, 1756 and 415
 there, of 1024 tokens each: less than the text once. No sparsity while training. Their last lines:
 
     llama_silu.safetensors, 3.15 MB: perplexity 41.44, 1.512 bits per byte
-    RELULINE
+    llama_relu.safetensors, 3.15 MB: perplexity 41.39, 1.512 bits per byte
 
 On the same files counts of tokens give a perplexity of 725.9 and counts of pairs one of 92.4 (`score.baselines`).
 """
