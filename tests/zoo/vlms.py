@@ -15,8 +15,8 @@ from tests.zoo.text import SIZES
 __all__ = ["ARCHITECTURES", "IMAGE"]
 
 LENGTH, IMAGE = 30, 98  # tokens of a prompt; the token that stands for one row of an image's features
-TEXT: dict[str, Any] = {key: value for key, value in WORDS.items() if key != "use_cache"}
-VISION: dict[str, Any] = SIZES | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}  # 16 patches
+TEXT: dict[str, Any] = {key: value for key, value in WORDS.items() if key != "use_cache"} | {"num_hidden_layers": 2}
+VISION: dict[str, Any] = SIZES | {"num_hidden_layers": 1, "image_size": 32, "patch_size": 8}  # 16 patches
 GEMMA: dict[str, Any] = TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64}
 ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
 SPECIAL: dict[str, int] = {
@@ -72,7 +72,7 @@ def _internvl() -> Any:
 
 def _paligemma() -> Any:
     config = hf.PaliGemmaConfig(
-        vision_config=hf.SiglipVisionConfig(**VISION, projection_dim=64),
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=64),
         text_config=hf.GemmaConfig(**TEXT, head_dim=16),
         image_token_index=IMAGE,
         projection_dim=64,
@@ -87,7 +87,7 @@ def _paligemma_inputs(batch: int) -> Inputs:
 
 def _gemma3() -> Any:
     config = hf.Gemma3Config(
-        vision_config=hf.SiglipVisionConfig(**VISION),
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=hf.Gemma3TextConfig(**GEMMA),
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
@@ -126,10 +126,10 @@ def _smolvlm() -> Any:
 
 
 def _blip2() -> Any:
-    sizes = {"vocab_size": 99, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"vocab_size": 99, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = hf.Blip2Config(
         vision_config=hf.Blip2VisionConfig(**VISION),
-        qformer_config=hf.Blip2QFormerConfig(**SIZES | {"num_hidden_layers": 2}, vocab_size=99),
+        qformer_config=hf.Blip2QFormerConfig(**SIZES | {"num_hidden_layers": 1}, vocab_size=99),
         text_config=hf.OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=0),
         num_query_tokens=8,
         image_token_index=IMAGE,
@@ -138,21 +138,21 @@ def _blip2() -> Any:
 
 
 def _qwen2_vl() -> Any:
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
     config = hf.Qwen2VLConfig(text_config=TEXT | ROPE, vision_config=vision, **SPECIAL)
     return hf.Qwen2VLForConditionalGeneration(config)
 
 
 def _qwen2_5_vl() -> Any:
     vision = {
-        "depth": 2,
+        "depth": 1,
         "hidden_size": 64,
         "out_hidden_size": 64,
         "num_heads": 4,
         "intermediate_size": 128,
         "patch_size": 4,
         "window_size": 16,
-        "fullatt_block_indexes": [1],
+        "fullatt_block_indexes": [],
     }
     config = hf.Qwen2_5_VLConfig(text_config=TEXT | ROPE, vision_config=vision, **SPECIAL)
     return hf.Qwen2_5_VLForConditionalGeneration(config)
@@ -167,19 +167,68 @@ def _qwen_inputs(batch: int) -> Inputs:
     }
 
 
-def _vlm(name: str, build: Any, inputs: Any, *tags: str, **fields: Any) -> Architecture:
-    known = {"attention": 5, "mlp": 5, "self_attention_tokens": (LENGTH,)} | fields
-    return Architecture(name, build, inputs, tags=frozenset({"vision", "causal", "vlm", *tags}), **known)
+def _vlm(name: str, build: Any, inputs: Any, tokens: tuple[int, ...], **fields: Any) -> Architecture:
+    known = {"attention": 3, "mlp": 3} | fields
+    tags = frozenset({"vision", "causal", "vlm"})
+    return Architecture(name, build, inputs, self_attention_tokens=(*tokens, LENGTH), tags=tags, **known)
 
 
 ARCHITECTURES = (
-    _vlm("llava_next", _llava_next, _llava_next_inputs, self_attention_tokens=(17, LENGTH + 20)),
-    _vlm("internvl", _internvl, _one_image(16, 64)),
-    _vlm("paligemma", _paligemma, _paligemma_inputs),
-    _vlm("gemma3_vlm", _gemma3, _gemma3_inputs),
-    _vlm("idefics3", _idefics3, _one_image(4, images=1)),
-    _vlm("smolvlm", _smolvlm, _one_image(4, images=1)),
-    _vlm("blip2", _blip2, _one_image(8, first=0)),
-    _vlm("qwen2_vl", _qwen2_vl, _qwen_inputs),
-    _vlm("qwen2_5_vl", _qwen2_5_vl, _qwen_inputs),
+    _vlm(
+        "llava_next",
+        _llava_next,
+        _llava_next_inputs,
+        (17, LENGTH + 20),
+        why="a whole image and its tiles; Python on their sizes breaks the graph, but not behind the masked_scatter",
+    ),
+    _vlm("internvl", _internvl, _one_image(16, 64), (65,), why="pixel shuffle: four patches are one token"),
+    _vlm("paligemma", _paligemma, _paligemma_inputs, (16,), why="image and question see each other: no causal mask"),
+    _vlm(
+        "gemma3_vlm",
+        _gemma3,
+        _gemma3_inputs,
+        (16,),
+        why="patches pooled to tokens; tokens of one image see each other, through a mask that a vmap makes",
+    ),
+    _vlm(
+        "idefics3",
+        _idefics3,
+        _one_image(4, images=1),
+        (16,),
+        why="empty images are left out of the batch: how many image tokens there are is data",
+    ),
+    _vlm(
+        "smolvlm",
+        _smolvlm,
+        _one_image(4, images=1),
+        (16,),
+        visual=(2, 6),
+        why="as idefics3, and options say where the image is",
+    ),
+    _vlm(
+        "blip2",
+        _blip2,
+        _one_image(8, first=0),
+        (17, 8),
+        attention=5,
+        mlp=4,
+        why="learned queries read the image by cross-attention; the language model is OPT",
+    ),
+    _vlm(
+        "qwen2_vl",
+        _qwen2_vl,
+        _qwen_inputs,
+        (64,),
+        attention=4,
+        why="image sizes are data and steer Python: many graphs, and the masked_scatter is in another than the decoder",
+    ),
+    _vlm(
+        "qwen2_5_vl",
+        _qwen2_5_vl,
+        _qwen_inputs,
+        (16,),
+        attention=10,
+        visual=(2, 18),
+        why="as qwen2_vl, windows in the vision encoder, and options say where the image is",
+    ),
 )

@@ -19,7 +19,7 @@ from tokred.compiler.graphs import reaches
 from tokred.compiler.residual import residual_of
 from tokred.errors import OptionError
 
-__all__ = ["Span", "find_span"]
+__all__ = ["Span", "find_span", "why_no_span"]
 
 aten = torch.ops.aten
 
@@ -48,12 +48,25 @@ def find_span(block: Attention, given: dict[str, Any]) -> Span | None:
     """
     if "visual" in given:
         return _given(block, given["visual"]) if is_causal(block) else None
+    written = _written(block)
+    return None if written is None else _scattered(written)
+
+
+def why_no_span(block: Attention) -> str:
+    """Why `find_span` found nothing."""
+    if _written(block) is None:
+        return "no masked_scatter writes image features into this stream, and options name no rows"
+    return "how many image features are written into each sample shows only when it runs, and options name no rows"
+
+
+def _written(block: Attention) -> fx.Node | None:
+    """The last masked_scatter in front of the block."""
     stream = residual_of(block.join) if block.join is not None else None
     if stream is None:
         return None
     for node in reversed(list(stream.graph.find_nodes(op="call_function", target=aten.masked_scatter.default))):
         if node is stream or (node < stream and reaches(node, stream)):
-            return _scattered(node)
+            return node
     return None
 
 

@@ -12,7 +12,7 @@ from tokred.compiler.caches import Caches
 from tokred.compiler.causal import is_causal
 from tokred.compiler.report import Refusal
 from tokred.compiler.residual import residual_of
-from tokred.compiler.spans import Span
+from tokred.compiler.spans import Span, why_no_span
 from tokred.compiler.staging import Stage
 from tokred.compiler.suffix import Suffix, special_rows
 from tokred.passes.site_tensors import PROBED, SiteTensors, rows_at, shape_of
@@ -70,8 +70,7 @@ def unfit(
     needs = set(method.needs_at(block.layer, block.depth))
     attention = needs & PROBED
     if "visual" in needs and span is None:
-        found = "no masked_scatter writes image features into this stream, and options name no rows"
-        return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
+        return refuse("no-visual-span", f"{why_no_span(block)}: spans={{'visual': (first, behind the last)}}", block)
     if "tower" in needs and (span is None or tensors.tower(span) is None):
         reason = "no vision encoder shows whose patches, one by one, became these image tokens"
         return refuse("no-vision-tower", reason, block)
