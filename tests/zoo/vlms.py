@@ -82,7 +82,10 @@ def _paligemma() -> Any:
 
 def _paligemma_inputs(batch: int) -> Inputs:
     prompt = _prompt(batch, 16, 0)
-    return prompt | {"pixel_values": torch.randn(batch, 3, 32, 32), "token_type_ids": torch.zeros_like(prompt["input_ids"])}
+    return prompt | {
+        "pixel_values": torch.randn(batch, 3, 32, 32),
+        "token_type_ids": torch.zeros_like(prompt["input_ids"]),
+    }
 
 
 def _gemma3() -> Any:

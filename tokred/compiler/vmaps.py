@@ -1,4 +1,4 @@
-"""vmap in Dynamo's graph: the calls that open and close it stand in the graph, with the calls on batched tensors between.
+"""vmap in Dynamo's graph: the calls that open and close it stand there, with calls on batched tensors between them.
 
 A trace before dispatch cannot run those (it meets a batched tensor where it expects its own). A trace behind the
 batching can: each stretch is traced by itself, and the plain ATen calls that it stands for take its place.

@@ -81,7 +81,7 @@ def _experts(node: fx.Node) -> _Experts:
     """(grouped(act(g) * u) * weights[order])[inverse], g and u the halves of grouped(rows[order // K])."""
     weighted, inverse = _indexed(node)
     order = _inverted(inverse)
-    (experts, *_), _ = _args(_item(order, 1), aten.sort.default), _flat(order)
+    experts = _ascending(_item(order, 1))
     out, factor = _args(weighted, aten.mul.Tensor)
     factor, last = _args(factor, aten.unsqueeze.default)
     weights, by = _indexed(factor)
@@ -141,10 +141,12 @@ def _inverted(node: Any) -> fx.Node:
     return order
 
 
-def _flat(order: fx.Node) -> None:
-    """Sorted along the only dimension there is."""
-    if _rank(order) != 1:
+def _ascending(node: Any) -> Any:
+    """What is sorted along the only dimension there is, smallest first."""
+    experts, *_ = _args(node, aten.sort.default)
+    if _rank(experts) != 1 or any(Op(node)[name] != usual for name, usual in (("dim", -1), ("descending", False))):
         raise _Other
+    return experts
 
 
 def _grouped(node: Any) -> tuple[Any, Any, str, Any]:
