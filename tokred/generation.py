@@ -21,7 +21,7 @@ from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tokred.compiler.caches import Kept, collect
 

@@ -64,7 +64,8 @@ def _written(block: Attention) -> fx.Node | None:
     stream = residual_of(block.join) if block.join is not None else None
     if stream is None:
         return None
-    for node in reversed(list(stream.graph.find_nodes(op="call_function", target=aten.masked_scatter.default))):
+    writers: list[fx.Node] = list(stream.graph.find_nodes(op="call_function", target=aten.masked_scatter.default))
+    for node in reversed(writers):
         if node is stream or (node < stream and reaches(node, stream)):
             return node
     return None

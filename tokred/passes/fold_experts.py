@@ -71,7 +71,7 @@ def fold_experts(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _whole(e: _Experts) -> Any:
     def compute(rows: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        out = routed_experts(rows, experts.reshape(-1, e.choices), up, down, e.activation, e.product)  # [T K D]
+        out: Tensor = routed_experts(rows, experts.reshape(-1, e.choices), up, down, e.activation, e.product)  # [T K D]
         return out.reshape(-1, out.shape[-1]) * weights.unsqueeze(-1)  # [T*K D]
 
     return compute
@@ -87,15 +87,14 @@ def _experts(node: fx.Node) -> _Experts:
     weights, by = _indexed(factor)
     hidden, down, product, ends = _grouped(out)
     gate, value = _args(hidden, aten.mul.Tensor)
-    name = ACTIVATIONS.get(getattr(gate, "target", None))
     halves = _item(_args(gate, *ACTIVATIONS)[0], 0)
+    name = ACTIVATIONS[gate.target]
     sorted_rows, up, same_product, same_ends = _grouped(_halved(halves))
     rows, places = _indexed(sorted_rows)
     divided, choices = _args(places, aten.floor_divide.default)
     agrees = (
         (by, divided, _item(value, 1), same_product, same_ends) == (order, order, halves, product, ends)
         and last in (-1, 1)
-        and name is not None
         and not (len(gate.args) > 1 or gate.kwargs)  # gelu's approximation
         and _ends_of_groups(ends, order.args[0], up)
         and isinstance(choices, int)
@@ -126,7 +125,8 @@ def _item(node: Any, number: int) -> fx.Node:
     source, index = _args(node, operator.getitem)
     if index != number:
         raise _Other
-    return source
+    found: fx.Node = source
+    return found
 
 
 def _inverted(node: Any) -> fx.Node:
@@ -135,7 +135,7 @@ def _inverted(node: Any) -> fx.Node:
     _args(empty, aten.empty_like.default)
     if len(_args(counted, aten.arange.default)) != 1 or len(indices) != 1 or any(accumulate):
         raise _Other
-    (order,) = indices
+    order: fx.Node = indices[0]
     if not same(_size(counted, 0), _size(order, 0)) or not same(_size(empty, 0), _size(order, 0)):
         raise _Other
     return order

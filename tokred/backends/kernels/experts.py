@@ -37,7 +37,7 @@ def _routed_experts(rows: Tensor, experts: Tensor, up: Tensor, down: Tensor, act
     histogram = chosen.float() if chosen.device.type in ("cpu", "mps") else chosen.int()  # what histc takes there
     ends = torch.histc(histogram, bins=count, min=0, max=count - 1).cumsum(0, dtype=torch.int32)
     gate, value = grouped(rows[order // choices], up, ends).chunk(2, -1)  # [T*K F] twice
-    out = grouped(ACTIVATIONS[activation](gate) * value, down, ends)
+    out: Tensor = grouped(ACTIVATIONS[activation](gate) * value, down, ends)
     places = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     return out[places].view(rows.shape[0], choices, -1)
 
