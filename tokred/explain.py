@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
@@ -34,19 +36,26 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
     plain = getattr(model, "_orig_mod", model)  # a model that is compiled already is explained as it was before
     # Dynamo counts what else this model was compiled with, and would run the ninth variant as it stands.
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
-    with torch.no_grad(), torch._dynamo.config.patch(limits), _as_compiled(plain):
-        compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
-        compiled(*args, **kwargs)
+    for whole in (None, False):
+        graphs.clear()
+        with torch.no_grad(), torch._dynamo.config.patch(limits), _as_compiled(plain, whole):
+            compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
+            try:
+                compiled(*args, **kwargs)
+                break
+            except (GuardOnDataDependentSymNode, UserError):
+                if whole is False or not getattr(plain, "can_generate", bool)():
+                    raise
     return Report(graphs)
 
 
-def _as_compiled(model: Any) -> AbstractContextManager[None]:
-    """What `tokred.compile` sets for a generating model."""
+def _as_compiled(model: Any, whole: bool | None) -> AbstractContextManager[None]:
+    """What `tokred.compile` sets for a generating model, which it traces in pieces where that fails."""
     if not getattr(model, "can_generate", bool)():
         return nullcontext()
     from tokred.generation import traced_whole
 
-    return traced_whole(model)
+    return traced_whole(model, vision=whole)
 
 
 def _traced(done: Compiled, gm: fx.GraphModule) -> Any:

@@ -21,6 +21,7 @@ from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils.generic import ModelOutput
 
 from tokred.compiler.caches import Kept, collect
 
@@ -93,9 +94,11 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
                 vision = False  # this model decides on such numbers: better several graphs than none
                 log.info("%s: traced in pieces: %s", type(model).__name__, str(error).split("\n", 1)[0])
                 output = run(*args, **kwargs)
-        cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
-        if kept and cache is not None:
-            _adopt(cache, kept)
+        inner = [part for part in output.values() if isinstance(part, ModelOutput)] if kept else []
+        for part in (output, *inner):  # BLIP-2's has its language model's output inside
+            cache = getattr(part, "past_key_values", None) or kwargs.get("past_key_values")
+            if kept and cache is not None:
+                _adopt(cache, kept)
         return output
 
     result.forward = forward

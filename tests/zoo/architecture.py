@@ -34,6 +34,7 @@ class Architecture:
     trained: bool = False  # real weights, not to be disturbed
     training: bool = False  # runs in train mode (its dropout is 0)
     float64: bool = True  # False where an operator of the model has no float64 kernel
+    visual: tuple[int, int] | None = None  # where the image's tokens are, for models in whose graphs it does not show
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model, the same at every call.

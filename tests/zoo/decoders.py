@@ -110,6 +110,22 @@ ARCHITECTURES = (
         float64=False,
     ),
     _decoder(
+        "qwen3_moe",
+        lambda: hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(
+                **WORDS,
+                head_dim=16,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                mlp_only_layers=[1],
+                norm_topk_prob=True,
+            )
+        ),
+        why="routed experts in all layers but one",
+        float64=False,
+    ),
+    _decoder(
         "llava",
         _llava,
         "vision",

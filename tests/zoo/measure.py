@@ -15,7 +15,7 @@ import tokred
 from tests.zoo.architecture import Architecture, Inputs, tensors_of
 from tokred.compiler.report import BlockReport, GraphReport, Report
 
-__all__ = ["Row", "compiled", "difference", "measure", "outputs_of", "recipe_for", "summary"]
+__all__ = ["Row", "compiled", "difference", "measure", "outputs_of", "recipe_for", "spans_of", "summary"]
 
 
 @dataclass
@@ -44,14 +44,23 @@ def recipe_for(architecture: Architecture) -> str:
     """The recipe a user of such a model would try first."""
     if "diffusion" in architecture.tags:
         return "tomesd(ratio=0.5)"
+    if "vlm" in architecture.tags:
+        return "fastv(layer=1, keep=0.5)"
     return "tome(r=4)"
 
 
-def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    """The model under backend="tokred"; Dynamo starts from nothing, so that one row cannot influence another."""
+def compiled(architecture: Architecture, dtype: torch.dtype, **options: Any) -> Any:
+    """The model as a user compiles it; Dynamo starts from nothing, so that one row cannot influence another."""
     torch._dynamo.reset()
-    module: nn.Module = torch.compile(model, backend="tokred", options=options)
-    return module
+    model = architecture.model(dtype)
+    if "vlm" in architecture.tags:  # with a cache to return
+        return tokred.compile(model, options.pop("recipe", None), **options, **spans_of(architecture))
+    return torch.compile(model, backend="tokred", options=options)
+
+
+def spans_of(architecture: Architecture) -> dict[str, Any]:
+    """The option `spans`, for the rows that need it."""
+    return {} if architecture.visual is None else {"spans": {"visual": architecture.visual}}
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -89,7 +98,8 @@ def _explain(architecture: Architecture, row: Row) -> None:
     torch._dynamo.reset()
     try:
         with torch.no_grad():
-            report = tokred.explain(architecture.model(), **architecture.example(), recipe=row.recipe)
+            options = spans_of(architecture)
+            report = tokred.explain(architecture.model(), **architecture.example(), recipe=row.recipe, options=options)
     except Exception as error:  # a row of the table, not a crash of the run
         row.lossy = _failure(error)
         return
@@ -101,7 +111,8 @@ def _exact(architecture: Architecture, row: Row) -> None:
     dtype = torch.float64 if architecture.float64 else torch.float32
     model, inputs = architecture.model(dtype), architecture.example(dtype=dtype)
     try:
-        worst = difference(outputs_of(compiled(model, lower="aot_eager"), inputs), outputs_of(model, inputs))
+        actual = outputs_of(compiled(architecture, dtype, lower="aot_eager"), inputs)
+        worst = difference(actual, outputs_of(model, inputs))
     except Exception as error:
         row.exact = _failure(error)
         return
@@ -116,7 +127,7 @@ def _lossy(architecture: Architecture, row: Row) -> None:
     model, inputs = architecture.model(), architecture.example()
     expected = outputs_of(model, inputs)
     try:
-        actual = outputs_of(compiled(model, recipe=row.recipe, lower=row.lower), inputs)
+        actual = outputs_of(compiled(architecture, torch.float32, recipe=row.recipe, lower=row.lower), inputs)
     except Exception as error:
         row.lossy = _failure(error)
         return

@@ -15,7 +15,7 @@ from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.measure import difference, outputs_of
 
 # Softmaxes that are no attention of their own: the experts' routers, and ConViT's second softmax in a gated layer.
-OTHER_SOFTMAXES = {"mixtral": 3, "timm_convit": 2}
+OTHER_SOFTMAXES = {"mixtral": 3, "qwen3_moe": 2, "timm_convit": 2}
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
 

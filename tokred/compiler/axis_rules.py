@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tokred.backends.kernels.experts import routed_experts
 from tokred.compiler.relations import (
     Flow,
     Join,
@@ -65,6 +66,12 @@ rule(
 @rule(aten.linear.default)
 def linear(op: Op) -> Flow:
     return [*einlinks(op, {"input": "* i", "weight": "o i", "bias": "o"}, "* o")]  # [* i] [o i] [o] -> [* o]
+
+
+@rule(routed_experts)
+def experts(op: Op) -> Flow:
+    ins = {"rows": "t c", "experts": "t k", "up": "e c f", "down": "e g d"}  # each row by its own experts
+    return [*einlinks(op, ins, "t k d")]  # [t c] [t k] [e c f] [e g d] -> [t k d]
 
 
 @rule(aten.matmul.default)

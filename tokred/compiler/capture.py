@@ -13,6 +13,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tokred.compiler.vmaps import open_vmaps
+
 __all__ = [
     "STRIDED",
     "CaptureFailed",
@@ -48,7 +50,7 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
         raise CaptureFailed("no tensor among the inputs")
     depth = len(torch._C._functorch.get_interpreter_stack() or ())
     try:
-        exported = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+        exported = aot_export_module(open_vmaps(gm), inputs, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         # a graph that holds the opening and closing of a vmap was left between them
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
@@ -165,7 +167,7 @@ def _is_module_state(node: fx.Node) -> bool:
 def _drop_empty_parts(cat: fx.Node) -> None:
     """`cat([tensor([]), x])` is a copy of x: what appending to an empty KV cache looks like."""
     parts = cast(list[Any], cat.args[0])
-    left = [part for part in parts if (meta := tensor_meta(part)) is None or meta.shape != (0,)]
+    left = [part for part in parts if (meta := tensor_meta(part)) is None or not _is_empty(meta)]
     result, first = tensor_meta(cat), tensor_meta(left[0]) if left else None
     if len(left) == len(parts) or result is None or first is None or first.dtype != result.dtype:
         return
@@ -173,6 +175,11 @@ def _drop_empty_parts(cat: fx.Node) -> None:
         cat.args = (left, *cat.args[1:])
     else:
         cat.target, cat.args, cat.kwargs = aten.clone.default, (left[0],), {"memory_format": torch.contiguous_format}
+
+
+def _is_empty(meta: torch.Tensor) -> bool:
+    """[0]. A length that is data is not asked."""
+    return meta.dim() == 1 and isinstance(meta.shape[0], int) and meta.shape[0] == 0
 
 
 def _restore_attributes(traced: fx.GraphModule, gm: fx.GraphModule, signature: Any) -> None:

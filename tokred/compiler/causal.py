@@ -52,15 +52,39 @@ def _inspect(mask: fx.Node) -> tuple[bool, bool]:
     if any(node.target in CONTRACTIONS for node in nodes):
         return False, False
     try:
-        value = _run(mask, nodes)
+        return _look(mask, nodes)
     except Exception:
         return True, False  # what cannot be looked into is taken for the stricter case
-    seen = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+
+
+def _look(mask: fx.Node, nodes: list[fx.Node]) -> tuple[bool, bool]:
+    """Run the mask on inputs that hide nothing, and with each input of integers zero: which kind a token is (image or
+    word) may decide what it sees. Where each query still sees its own key, later keys hidden from all are hidden.
+    """
+    value = _run(mask, nodes, 0)
+    if not value.numel():  # images of zeros may be no images
+        value = _run(mask, nodes, 1)
+    seen = _seen(value)
     rows, columns = seen.shape[-2:]
     later = torch.ones(rows, columns, dtype=torch.bool).triu(1 + columns - rows)
-    pairs = seen.reshape(-1, rows, columns).any(0)
-    weighs = value.dtype != torch.bool and bool((value[seen] != 0).any())
-    return bool(later.any()) and not bool(pairs[later].any()), weighs or not bool(pairs[~later].all())
+    weighs = value.dtype != torch.bool and bool((value.reshape(seen.shape)[seen] != 0).any())
+    pairs = seen.any(0)
+    causal = not bool(pairs[later].any())
+    for kind in (node for node in nodes if node.op == "placeholder" and _counts(node.meta["val"])):
+        other = _seen(_run(mask, nodes, 0, {kind: 0}))
+        if other.numel() and other.diagonal(columns - rows, -2, -1).all():
+            causal |= not bool(other.any(0)[later].any())
+    return causal and bool(later.any()), weighs or not bool(pairs[~later].all())
+
+
+def _seen(value: torch.Tensor) -> torch.Tensor:
+    """[S N M] which keys the queries see."""
+    value = value[None].flatten(0, -3)
+    return value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
@@ -73,13 +97,14 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
     return sorted(seen)
 
 
-def _run(mask: fx.Node, nodes: list[fx.Node]) -> torch.Tensor:
-    """The mask for inputs that hide nothing: ones for integers and booleans, zeros for floats."""
+def _run(mask: fx.Node, nodes: list[fx.Node], floats: int, given: dict[fx.Node, int] | None = None) -> torch.Tensor:
+    """The mask for inputs filled with ones if they are integers or booleans, `floats` if not, or what is `given`."""
     env: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in nodes:
             if node.op in ("placeholder", "get_attr"):
-                env[node] = _neutral(node.meta["val"])
+                value = node.meta["val"]
+                env[node] = _filled(value, (given or {}).get(node, 1 if _counts(value) else floats))
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})  # type: ignore[operator]
@@ -87,14 +112,13 @@ def _run(mask: fx.Node, nodes: list[fx.Node]) -> torch.Tensor:
     return result
 
 
-def _neutral(value: Any) -> Any:
+def _filled(value: Any, fill: int) -> Any:
     if not isinstance(value, torch.Tensor):
         return value if isinstance(value, (int, float, bool)) else int(value.node.hint)
     shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
     if torch.Size(shape).numel() > LARGEST:
         raise ValueError("too large to look into")
-    fill = torch.zeros if value.dtype.is_floating_point else torch.ones
-    return fill(shape, dtype=value.dtype)
+    return torch.full(shape, fill, dtype=value.dtype)
 
 
 def _is_one(size: Any) -> bool:

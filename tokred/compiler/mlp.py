@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokred.backends.kernels.experts import routed_experts
 from tokred.compiler.attention import Attention
 from tokred.compiler.axes import Axes
 from tokred.compiler.capture import is_parameter, module_path, source_line, tensor_meta
@@ -42,7 +43,7 @@ class Mlp:
 
     down: fx.Node
     ups: list[fx.Node]
-    form: str  # plain, gated, packed
+    form: str  # plain, gated, packed, routed (one op holds all of it)
     layer: int = 0
     module: str = ""
     source: str = ""
@@ -62,10 +63,12 @@ def find_mlps(gm: fx.GraphModule, axes: Axes, attentions: list[Attention]) -> li
 
 
 def _mlp(node: fx.Node, axes: Axes, attentions: list[Attention]) -> Mlp | None:
-    """A projection whose input comes, through an activation and element-wise ops only, from one or two projections."""
-    if not projects(node) or not axes.knows(node):
+    """A projection whose input comes, through an activation and element-wise ops only, from one or two projections; or
+    routed experts."""
+    routed = node.target is routed_experts
+    if not (routed or projects(node)) or not axes.knows(node):
         return None
-    ups, activated, packed = _frontier(node, attentions)
+    ups, activated, packed = ([node], True, False) if routed else _frontier(node, attentions)
     if not activated or not 1 <= len(ups) <= 2:
         return None
     dims = axes.of(node)
@@ -78,7 +81,7 @@ def _mlp(node: fx.Node, axes: Axes, attentions: list[Attention]) -> Mlp | None:
     axis = axis or ()
     rest = tuple(d for d, dim in enumerate(dims) if d != channel and any(id(atom) in axis for atom in dim))
     tokens = times([atom.size for d in rest for atom in dims[d] if id(atom) in axis]) if axis else _rows(node, channel)
-    form = "gated" if len(ups) == 2 else "packed" if packed else "plain"
+    form = "routed" if routed else "gated" if len(ups) == 2 else "packed" if packed else "plain"
     return Mlp(node, ups, form, 0, module_path(node), source_line(node), tokens, rest, axis)
 
 

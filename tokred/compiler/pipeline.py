@@ -106,11 +106,12 @@ def _transform(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer, report: GraphReport, trace: bool
 ) -> Compiled:
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
+    from tokred.passes.fold_experts import fold_experts
     from tokred.passes.reduce_tokens import reduce_tokens
     from tokred.passes.rewrite_attention import rewrite_attention
 
     observe("dynamo", gm)
-    captured = expand_encoder_layer(capture(gm, example_inputs))
+    captured = fold_experts(expand_encoder_layer(capture(gm, example_inputs)))
     observe("captured", captured)
     axes = Axes(captured.graph)
     original = find_blocks(captured, axes)  # what the report lists: the model as the user wrote it

@@ -81,6 +81,13 @@ class Spans:
             self._check_overlap(block)
         return self._known[key]
 
+    @staticmethod
+    def why_none(block: Attention) -> str:
+        """Why there are no visual rows."""
+        if _written(block) is None:
+            return "no masked_scatter writes image features into this stream, and options name no rows"
+        return "how many image features are written into each sample shows only when it runs, and options name no rows"
+
     def forget(self) -> None:
         """Leave the graph as it was: nobody reads the masks that were added."""
         for node in reversed(self._made):
@@ -90,13 +97,8 @@ class Spans:
     # -- from the graph -----------------------------------------------------------------------------------------------
 
     def _scattered(self, block: Attention) -> Span | None:
-        stream = residual_of(block.join) if block.join is not None else None
-        if stream is None:
-            return None
-        for node in reversed(list(stream.graph.find_nodes(op="call_function", target=aten.masked_scatter.default))):
-            if node is stream or (node < stream and reaches(node, stream)):
-                return _scattered(node)
-        return None
+        written = _written(block)
+        return None if written is None else _scattered(written)
 
     # -- from the user ------------------------------------------------------------------------------------------------
 
@@ -212,6 +214,18 @@ def _check_shape(where: str, mask: Tensor, size: tuple[Any, Any]) -> None:
     if all(len(shape) != mask.dim() or any(a != b for a, b in zip(shape, mask.shape, strict=True)) for shape in shapes):
         shown = f"{list(mask.shape)}, not [{size[1]}] or [{size[0]}, {size[1]}], samples and tokens"
         raise OptionError(f"{where} is a mask of shape {shown}")
+
+
+def _written(block: Attention) -> fx.Node | None:
+    """The last masked_scatter in front of the block."""
+    stream = residual_of(block.join) if block.join is not None else None
+    if stream is None:
+        return None
+    writers: list[fx.Node] = list(stream.graph.find_nodes(op="call_function", target=aten.masked_scatter.default))
+    for node in reversed(writers):
+        if node is stream or (node < stream and reaches(node, stream)):
+            return node
+    return None
 
 
 def _scattered(node: fx.Node) -> Span | None:

@@ -125,7 +125,7 @@ def _show_rewritten(row: BlockReport, key: tuple[str, int, str], rewritten: Any,
 def _mlp_row(mlp: Mlp, costs: Costs) -> BlockReport:
     """An MLP runs on as many tokens as what its last linear became does."""
     row = BlockReport("mlp", mlp.layer, mlp.module, (_show(mlp.tokens),) * 2, mlp.form, mlp.source)
-    row.flops = costs.nodes([*mlp.ups, mlp.down])
+    row.flops = costs.nodes(list(dict.fromkeys([*mlp.ups, mlp.down])))
     new = costs.became(mlp.down)
     if new is not None:
         row.tokens = (row.tokens[0], _rescaled(mlp.tokens, _rows(mlp.down, mlp), _rows(new, mlp)))

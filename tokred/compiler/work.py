@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokred.backends.kernels.experts import routed_experts
 from tokred.backends.kernels.token_sparse import expected_rows
 from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op
@@ -160,6 +161,13 @@ def _times(sizes: Sequence[Any]) -> Any:
 @_counts(aten.linear.default)
 def _linear(op: Op, sizes: Sizes) -> Any:
     return 2 * _times(sizes(op.node)) * sizes(op.operand("weight"))[-1]  # [.. o] x [o i]
+
+
+@_counts(routed_experts)
+def _experts(op: Op, sizes: Sizes) -> Any:
+    *pairs, out = sizes(op.node)  # [t k d]
+    _, channels, both = sizes(op.operand("up"))  # [e c 2f]
+    return _times(pairs) * both * (2 * channels + out)
 
 
 @_counts(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default)

@@ -71,8 +71,8 @@ def unfit(
     needs = set(method.needs_at(block.layer, block.depth))
     attention = needs & PROBED
     if "visual" in needs and span is None:
-        found = "no masked_scatter writes image features into this stream, and options name no rows"
-        return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
+        why = tensors.spans.why_none(block)
+        return refuse("no-visual-span", f"{why}: spans={{'visual': (first, behind the last)}}", block)
     if (named := sorted(needs & set(FROM_VISUAL) - set(tensors.spans.given))) and span is None:
         reason = f"the {' and '.join(named)} rows are told from visual ones, and there are none"
         return refuse("no-visual-span", reason, block)
