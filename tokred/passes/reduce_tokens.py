@@ -78,7 +78,7 @@ def reduce_tokens(
         try:
             reduced = run.go(trace=trace)
         except _SiteFailed as failure:
-            barred[failure.block, failure.method.name] = failure.refusal
+            barred |= failure.sites
             continue
         if reduced.applied:
             return reduced
@@ -86,8 +86,10 @@ def reduce_tokens(
 
 
 class _SiteFailed(Exception):
-    def __init__(self, block: Attention, method: Reduction, refusal: Refusal):
-        self.block, self.method, self.refusal = block, method, refusal
+    """What must not act, by block and method, and why."""
+
+    def __init__(self, sites: dict[tuple[Attention, str], Refusal]):
+        self.sites = sites
 
 
 class _Run:
@@ -120,6 +122,7 @@ class _Run:
             for scope in SCOPES:
                 if (node, scope) in sites:
                     self._try(sites[node, scope], scope)
+        self._check_caches()
         for block in attentions:
             self._explain_rest(block)
         groups = tuple(self._groups(applied.stage) for applied in self.reduced.applied.values()) if trace else ()
@@ -142,7 +145,21 @@ class _Run:
                 raise
             block, applied = next(reversed(self.reduced.applied.items()))
             code = "shape-mismatch" if type(error).__name__ == "ShapeMismatch" else "rewrite-failed"
-            raise _SiteFailed(block, applied.method, refuse(code, _sentence(error), block)) from error
+            raise _SiteFailed({(block, applied.method.name): refuse(code, _sentence(error), block)}) from error
+
+    def _check_caches(self) -> None:
+        """Keys of tokens that are gone are nobody's: what is made of them may stay short as a cache, or not be cut."""
+        sites = {}
+        for node, reader in self.caches.other.items():
+            cuts = {stage for _, _, rows in rows_of(self.lift.env[node].layout) for stage in rows.stage.chain}
+            reason = (
+                f"layer {reader.layer} returns something made of its keys or values that is no cache as tokred knows it"
+            )
+            for block, applied in self.reduced.applied.items():
+                if applied.stage in cuts:
+                    sites[block, applied.method.name] = refuse("unknown-cache", reason, block)
+        if sites:
+            raise _SiteFailed(sites)
 
     # -- one site -----------------------------------------------------------------------------------------------------
 
