@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 import tokred
 from tests.decoders import oracle
 from tests.decoders.models import DECODERS, IMAGE, LENGTH, SPAN, VLMS, build, prompts
-from tokred.compiler import pipeline
+from tests.one_capture import Switch
 from tokred.compiler.options import parse_options
-from tokred.compiler.report import GraphReport
 from tokred.generation import PrunedLayer, with_pruned_caches
 
 METHODS: dict[str, oracle.Selection] = {
@@ -67,29 +66,17 @@ def survivors(dropped: oracle.Dropped, batch: int) -> list[list[list[int]]]:
 
 
 class Prefill:
-    """A model under every recipe: Dynamo and capture run once, each recipe on what they give."""
+    """A model under every recipe."""
 
     def __init__(self, name: str):
         self.name, self.plain, self.inputs = name, reference(name), prompts(model=name)
         self.visual = visual(name, self.inputs)
-        companion = {recipe: options(name) | {"recipe": recipe} for recipe in (*METHODS, LATE)}
-        self.options = {recipe: parse_options(given, None, companion=True) for recipe, given in companion.items()}
-        self.reports: dict[str, GraphReport] = {}
-        self.recipe = ""
-        self.model = with_pruned_caches(build(name), partial(torch.compile, backend=self.backend))
-
-    def backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        assert not self.reports, "one graph, compiled once"
-        captured, functions = pipeline.capture(gm, inputs), {}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "capture", lambda *_: captured)
-            for recipe, given in self.options.items():
-                made = pipeline.compile_graph(gm, inputs, given, lambda stage, graph: None)
-                functions[recipe], self.reports[recipe] = made
-        return lambda *args: functions[self.recipe](*args)
+        recipes = {recipe: options(name) | {"recipe": recipe} for recipe in (*METHODS, LATE)}
+        self.switch = Switch({recipe: parse_options(given, None, companion=True) for recipe, given in recipes.items()})
+        self.model = with_pruned_caches(build(name), partial(torch.compile, backend=self.switch))
 
     def run(self, recipe: str) -> Any:
-        self.recipe = recipe
+        self.switch.way = recipe
         with torch.no_grad():
             return self.model(**self.inputs)
 
@@ -102,7 +89,7 @@ class Prefill:
         for sample, survivor in enumerate(rows):
             real = [row for row in survivor if self.inputs["attention_mask"][sample, row]]
             difference = (got[sample, real] - wanted[sample, real]).abs().max()
-            assert difference < 1e-9 * wanted.abs().max(), f"{self.name}, {self.recipe}: off by {difference}"
+            assert difference < 1e-9 * wanted.abs().max(), f"{self.name}, {self.switch.way}: off by {difference}"
 
 
 @pytest.fixture(scope="module", params=[*DECODERS, *VLMS])
@@ -134,7 +121,7 @@ def test_late_tokens_are_not_seen_and_do_not_change_before_they_enter(prefill: P
     found = [layer.rows.tolist() if isinstance(layer, PrunedLayer) else None for layer in output.past_key_values.layers]
     assert found == [text, text, None, half, text]
     prefill.agree(output.logits, wanted, text)
-    shown = [block.tokens for block in prefill.reports[LATE].blocks if block.method and not block.refusal]
+    shown = [block.tokens for block in prefill.switch.reports[LATE].blocks if block.method and not block.refusal]
     assert shown == [
         (LENGTH, len(text[0])),
         (len(text[0]), LENGTH),

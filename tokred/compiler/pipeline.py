@@ -20,6 +20,7 @@ from tokred.compiler.cost import Gate
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
 from tokred.compiler.report import GraphReport, PassReport, Refusal
+from tokred.compiler.spans import find_span
 from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
 from tokred.errors import StrictError, TokredError
@@ -159,9 +160,11 @@ def _exact(
 
 
 def _cuts_dead_layer(options: Options, blocks: Blocks) -> bool:
-    """Whether a method cuts what enters a layer of which liveness left only the rows that are read."""
+    """Whether a method may cut what enters a layer of which liveness left only the rows that are read."""
     dead = [b for b in blocks.attentions if b.refusal is not None and b.refusal.code == "dead-tokens"]
-    cutting = [method for method in options.recipe.of(Reduction) if method.scope == "layer"]
+    image = any(find_span(b, options.spans) for b in blocks.attentions) if dead else False
+    layer = [method for method in options.recipe.of(Reduction) if method.scope == "layer"]
+    cutting = [method for method in layer if image or "visual" not in method.needs]
     return any(method.acts_on(b.layer, b.depth, b.module) for b in dead for method in cutting)
 
 

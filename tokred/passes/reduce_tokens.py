@@ -171,7 +171,9 @@ class _Run:
                 continue
             if method.scope == "layer" and method.restores(block.layer, block.depth):
                 self._guarded(partial(self._bring_back, block, method))
-            refusal = self.barred.get((block, method.name)) or block.refusal or self._apply(block, method)
+            refusal = (
+                self.barred.get((block, method.name)) or self._standing(block, method) or self._apply(block, method)
+            )
             if refusal is not None:
                 self.reduced.refused.setdefault(block, (method, refusal))
 
@@ -192,14 +194,22 @@ class _Run:
         if block in self.reduced.applied or block in self.reduced.refused or block.refusal is None:
             return
         for method in self.methods:
-            if self._means(method, block):
-                self.reduced.refused[block] = (method, block.refusal)
+            if self._means(method, block) and (refusal := self._standing(block, method)) is not None:
+                self.reduced.refused[block] = (method, refusal)
                 return
 
     def _means(self, method: Reduction, block: Attention) -> bool:
         """Whether the method is asked here: a visual one is not asked in the encoder that made the image tokens."""
         elsewhere = "visual" in method.needs and self.spans[block] is None and any(self.spans.values())
         return not elsewhere and method.acts_on(block.layer, block.depth, block.module)
+
+    def _standing(self, block: Attention, method: Reduction) -> Refusal | None:
+        """Why the method could act at no time at this block; the plainest reason first."""
+        alive = block.refusal is None or block.refusal.code == "dead-tokens"  # which is this method's own concern
+        if alive and "visual" in method.needs_at(block.layer, block.depth) and self.spans[block] is None:
+            found = "no masked_scatter writes image features into this stream, and options name no rows"
+            return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
+        return block.refusal
 
     def _apply(self, block: Attention, method: Reduction) -> Refusal | None:
         trip = method.scope == "round_trip"

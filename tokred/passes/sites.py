@@ -69,9 +69,6 @@ def unfit(
     """What the method needs and the site lacks. `companion`: see Options."""
     needs = set(method.needs_at(block.layer, block.depth))
     attention = needs & PROBED
-    if "visual" in needs and span is None:
-        found = "no masked_scatter writes image features into this stream, and options name no rows"
-        return refuse("no-visual-span", f"{found}: spans={{'visual': (first, behind the last)}}", block)
     if "tower" in needs and (span is None or tensors.tower(span) is None):
         reason = "no vision encoder shows whose patches, one by one, became these image tokens"
         return refuse("no-vision-tower", reason, block)
