@@ -34,6 +34,8 @@ __all__ = ["Compiled", "compile_graph", "transform"]
 
 log = logging.getLogger("tokred")
 
+NEVER_MEANT = {"not-causal", "cross-attention", "single-query"}  # what no AttentionRewrite of causal attention computes
+
 Observer = Callable[[str, fx.GraphModule], None]
 
 
@@ -236,6 +238,8 @@ def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
     refused = [entry for entry in refused if entry[2].code != "decode"]  # recipes mean the prefill
+    computed = {str(method) for method, _ in rewritten.applied.values()}  # an encoder beside them was not meant
+    refused = [entry for entry in refused if entry[1] not in computed or entry[2].code not in NEVER_MEANT]
     for layer, method, refusal in refused:
         log.info("%s layer %d: %s refused: %s", report.model, layer, method, refusal.reason)
     if options.strict and refused:
