@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -34,10 +33,9 @@ LATE = "hidrop(keep=[0, 1, 0.5, 0], layers=[0, 2, 3, 4])"
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo(request: pytest.FixtureRequest) -> Any:
+def _fresh_dynamo() -> Any:
     yield
-    if "prefill" not in request.fixturenames:
-        torch.compiler.reset()
+    torch.compiler.reset()
 
 
 def options(name: str) -> dict[str, Any]:
@@ -92,27 +90,25 @@ class Prefill:
             assert difference < 1e-9 * wanted.abs().max(), f"{self.name}, {self.switch.way}: off by {difference}"
 
 
-@pytest.fixture(scope="module", params=[*DECODERS, *VLMS])
-def prefill(request: pytest.FixtureRequest) -> Iterator[Prefill]:
-    yield Prefill(request.param)
-    torch.compiler.reset()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", METHODS)
-def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(prefill: Prefill, recipe: str) -> None:
-    dropped = METHODS[recipe](prefill.plain, prefill.inputs, prefill.visual)
-    wanted, output = prefill.wanted(dropped), prefill.run(recipe)
-    left = survivors(dropped, 3)
-    pruned = [layer for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
-    caches = [layer.rows.tolist() for layer in pruned]
-    assert [rows for i, rows in enumerate(caches) if rows not in caches[:i]] == left, "selected otherwise"
-    assert all(part.shape[2] == layer.rows.shape[1] for layer in pruned for part in (layer.keys, layer.values))
-    prefill.agree(output.logits, wanted, left[-1])
+@pytest.mark.parametrize("name", [*DECODERS, *VLMS])
+def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(name: str, subtests: pytest.Subtests) -> None:
+    prefill = Prefill(name)
+    for recipe, select in METHODS.items():
+        with subtests.test(recipe):
+            dropped = select(prefill.plain, prefill.inputs, prefill.visual)
+            wanted, output = prefill.wanted(dropped), prefill.run(recipe)
+            left = survivors(dropped, 3)
+            pruned = [layer for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
+            caches = [layer.rows.tolist() for layer in pruned]
+            assert [rows for i, rows in enumerate(caches) if rows not in caches[:i]] == left, "selected otherwise"
+            assert all(x.shape[2] == layer.rows.shape[1] for layer in pruned for x in (layer.keys, layer.values))
+            prefill.agree(output.logits, wanted, left[-1])
+    with subtests.test(LATE):
+        late_tokens_are_not_seen_and_do_not_change_before_they_enter(prefill)
 
 
-@pytest.mark.slow
-def test_late_tokens_are_not_seen_and_do_not_change_before_they_enter(prefill: Prefill) -> None:
+def late_tokens_are_not_seen_and_do_not_change_before_they_enter(prefill: Prefill) -> None:
     with oracle.late(prefill.plain, prefill.visual, 2):
         dropped = oracle.hidrop([3, 4], [0.5, 0.0])(prefill.plain, prefill.inputs, prefill.visual)
         wanted = prefill.wanted(dropped)
