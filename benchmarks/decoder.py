@@ -131,11 +131,14 @@ def cuts_of(model: Any, ids: Tensor, recipe: str, visual: tuple[int, int]) -> Cu
 
 
 def variants(
-    model: Any, recipe: str | None, whole: bool, cuts: Cuts, visual: tuple[int, int], length: int
+    model: Any, untouched: Any, recipe: str | None, whole: bool, cuts: Cuts, visual: tuple[int, int], length: int
 ) -> dict[str, Callable[[], Forward]]:
-    """How to make each variant."""
-    plain = Last(model, whole)
-    ideal = Ideal(model, cuts, length - visual[1])
+    """How to make each variant. `untouched` is the model again, which tokred.compile never sees.
+
+    It leaves transformers' hooks in a model's layers. An ideal that calls those itself would be traced in pieces.
+    """
+    plain = Last(untouched, whole)
+    ideal = Ideal(untouched, cuts, length - visual[1])
     made: dict[str, Callable[[], Forward]] = {
         "eager": lambda: plain,
         "inductor": lambda: torch.compile(plain, backend="inductor", dynamic=False),
@@ -144,7 +147,7 @@ def variants(
     if recipe is not None:
         make = partial(compiled, model, whole)
         made |= {
-            "ideal": lambda: torch.compile(ideal, backend="inductor", dynamic=False),
+            "ideal": lambda: torch.compile(ideal, backend="inductor", dynamic=False, fullgraph=True),
             "free": lambda: make(free(recipe), visual, exact=False),
             "method": lambda: make(recipe, visual, exact=False),
             "default": lambda: make(recipe, visual),
@@ -187,14 +190,14 @@ def run(options: Any) -> Result:
     visual = scaled(options.length)
     ids = torch.randint(0, WORDS, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        model, cuts = build(options.layers, options.width, options.length), {}
-        model.double()
+        model, untouched = (build(options.layers, options.width, options.length).double() for _ in range(2))
+        cuts: Cuts = {}
         if options.recipe is not None:
             cuts = cuts_of(model, ids[:1], options.recipe, visual)
-        make = partial(variants, model, options.recipe, options.whole, cuts, visual, options.length)
+        make = partial(variants, model, untouched, options.recipe, options.whole, cuts, visual, options.length)
         validate(model, make(), ids[:1], options, result)
         torch._dynamo.reset()
-        model.to(dtype)
+        model.to(dtype), untouched.to(dtype)
         wanted = {name: logits(one()) for name, one in make().items() if name in options.variants}
         warm_up(wanted, ids, result, REFERENCE, dtype)
         measure(wanted, ids, options.rounds, result)

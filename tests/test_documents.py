@@ -1,5 +1,6 @@
 """README and CONTRIBUTING say what is true: their code runs, their tables name what exists."""
 
+import ast
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_the_changelog_names_every_method_that_tokred_brings():
     own = [name for name, method in tokred.methods().items() if method.__module__.startswith("tokred.")]
     assert own
     assert [name for name in own if f"`{name}`" not in changelog] == []
+
+
+def test_the_page_of_refusals_has_every_code_in_the_source_and_no_other():
+    found = {"decode", "static-cache", "shape-mismatch", "rewrite-failed"}  # they reach their refusal by a variable
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tokred").rglob("*.py")]
+    assert [code for code in found if not any(f'"{code}"' in source for source in sources)] == []
+    for call in (node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "id", "")
+        if name in ("Refusal", "refuse", "PaddingIsRead") and isinstance(call.args[0], ast.Constant):
+            found.add(call.args[0].value)
+    page = (ROOT / "docs/refusals.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", page, re.MULTILINE)
+    assert sorted(code for row in rows for code in re.findall(r"`([\w-]+)`", row)) == sorted(found)
 
 
 def test_the_method_in_contributing_works():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 import tokred
 from tests.decoders import diverse, oracle
 from tests.decoders.models import DECODERS, IMAGE, LENGTH, SPAN, VLMS, build, prompts
-from tokred.generation import PrunedLayer
+from tests.one_capture import Switch
+from tokred.compiler.options import parse_options
+from tokred.generation import PrunedLayer, with_pruned_caches
 
 METHODS: dict[str, oracle.Selection] = {
     "fastv(layer=2, keep=0.5)": oracle.fastv(2, 0.5),
@@ -27,6 +30,9 @@ METHODS: dict[str, oracle.Selection] = {
     "catp(keep=0.34, images=2)": diverse.catp(0.34, 0.7, 2, 1),
     "corematching(layer=2, keep=0.4)": oracle.corematching(2, 0.4, 0.4),
 }
+
+
+LATE = "hidrop(keep=[0, 1, 0.5, 0], layers=[0, 2, 3, 4])"
 
 
 @pytest.fixture(autouse=True)
@@ -60,59 +66,66 @@ def survivors(dropped: oracle.Dropped, batch: int) -> list[list[list[int]]]:
     return found
 
 
-CASES = [
-    (name, recipe)
-    for name in [*DECODERS, *VLMS]
-    for recipe in METHODS
-    if name.startswith("llava") or "zoo" not in recipe or "probes=0" in recipe  # which runs the projector once more
-]
+def recipes(name: str) -> list[str]:
+    """Those to try on a model: ZOO-Prune's probes, which run the projector once more, on one of the VLMs."""
+    return [each for each in METHODS if name.startswith("llava") or "zoo" not in each or "probes=0" in each]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "recipe"), CASES)
-def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(name: str, recipe: str) -> None:
-    inputs = prompts(model=name)
-    plain = reference(name)
-    dropped = METHODS[recipe](plain, inputs, visual(name, inputs))
-    with torch.no_grad(), oracle.masked(dropped):
-        wanted = plain(**inputs, use_cache=False).logits
+class Prefill:
+    """A model under every recipe."""
 
-    model = tokred.compile(build(name), recipe, **options(name))
-    with torch.no_grad():
-        output = model(**inputs)
-    left = survivors(dropped, 3)
-    pruned = [layer for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
-    caches = [layer.rows.tolist() for layer in pruned]
-    assert [rows for i, rows in enumerate(caches) if rows not in caches[:i]] == left, "selected otherwise"
-    assert all(part.shape[2] == layer.rows.shape[1] for layer in pruned for part in (layer.keys, layer.values))
-    for sample, survivor in enumerate(left[-1]):
-        real = [row for row in survivor if inputs["attention_mask"][sample, row]]
-        difference = (output.logits[sample, real] - wanted[sample, real]).abs().max()
-        assert difference < 1e-9 * wanted.abs().max(), f"{name}, {recipe}: off by {difference}"
+    def __init__(self, name: str):
+        self.name, self.plain, self.inputs = name, reference(name), prompts(model=name)
+        self.visual = visual(name, self.inputs)
+        ways = {recipe: options(name) | {"recipe": recipe} for recipe in (*recipes(name), LATE)}
+        self.switch = Switch({recipe: parse_options(given, None, companion=True) for recipe, given in ways.items()})
+        self.model = with_pruned_caches(build(name), partial(torch.compile, backend=self.switch))
+
+    def run(self, recipe: str) -> Any:
+        self.switch.way = recipe
+        with torch.no_grad():
+            return self.model(**self.inputs)
+
+    def wanted(self, dropped: oracle.Dropped) -> Tensor:
+        with torch.no_grad(), oracle.masked(dropped):
+            logits: Tensor = self.plain(**self.inputs, use_cache=False).logits
+        return logits
+
+    def agree(self, got: Tensor, wanted: Tensor, rows: list[list[int]]) -> None:
+        for sample, survivor in enumerate(rows):
+            real = [row for row in survivor if self.inputs["attention_mask"][sample, row]]
+            difference = (got[sample, real] - wanted[sample, real]).abs().max()
+            assert difference < 1e-9 * wanted.abs().max(), f"{self.name}, {self.switch.way}: off by {difference}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*DECODERS, *VLMS])
-def test_late_tokens_are_not_seen_and_do_not_change_before_they_enter(name: str) -> None:
-    inputs = prompts(model=name)
-    plain, image = reference(name), visual(name, prompts(model=name))
-    recipe, enter, layers, shares = "hidrop(keep=[0, 1, 0.5, 0], layers=[0, 2, 3, 4])", 2, [3, 4], [0.5, 0.0]
-    with oracle.late(plain, image, enter):
-        dropped = oracle.hidrop(layers, shares)(plain, inputs, image)
-        with torch.no_grad(), oracle.masked(dropped):
-            wanted = plain(**inputs, use_cache=False).logits
-    model = tokred.compile(build(name), recipe, **options(name))
-    tokred.reset()
-    with torch.no_grad():
-        output = model(**inputs)
-    text, half = survivors({0: image}, 3)[0], survivors({3: dropped[3]}, 3)[0]
+def test_a_reduced_prefill_is_the_full_one_with_the_dropped_keys_masked(name: str, subtests: pytest.Subtests) -> None:
+    prefill = Prefill(name)
+    for recipe in recipes(name):
+        with subtests.test(recipe):
+            dropped = METHODS[recipe](prefill.plain, prefill.inputs, prefill.visual)
+            wanted, output = prefill.wanted(dropped), prefill.run(recipe)
+            left = survivors(dropped, 3)
+            pruned = [layer for layer in output.past_key_values.layers if isinstance(layer, PrunedLayer)]
+            caches = [layer.rows.tolist() for layer in pruned]
+            assert [rows for i, rows in enumerate(caches) if rows not in caches[:i]] == left, "selected otherwise"
+            assert all(x.shape[2] == layer.rows.shape[1] for layer in pruned for x in (layer.keys, layer.values))
+            prefill.agree(output.logits, wanted, left[-1])
+    with subtests.test(LATE):
+        late_tokens_are_not_seen_and_do_not_change_before_they_enter(prefill)
+
+
+def late_tokens_are_not_seen_and_do_not_change_before_they_enter(prefill: Prefill) -> None:
+    with oracle.late(prefill.plain, prefill.visual, 2):
+        dropped = oracle.hidrop([3, 4], [0.5, 0.0])(prefill.plain, prefill.inputs, prefill.visual)
+        wanted = prefill.wanted(dropped)
+    output = prefill.run(LATE)
+    text, half = survivors({0: prefill.visual}, 3)[0], survivors({3: dropped[3]}, 3)[0]
     found = [layer.rows.tolist() if isinstance(layer, PrunedLayer) else None for layer in output.past_key_values.layers]
     assert found == [text, text, None, half, text]
-    for sample, survivor in enumerate(text):
-        real = [row for row in survivor if inputs["attention_mask"][sample, row]]
-        difference = (output.logits[sample, real] - wanted[sample, real]).abs().max()
-        assert difference < 1e-9 * wanted.abs().max(), f"{name}: off by {difference}"
-    shown = [b.tokens for g in tokred.reports().graphs for b in g.blocks if b.method and not b.refusal]
+    prefill.agree(output.logits, wanted, text)
+    shown = [block.tokens for block in prefill.switch.reports[LATE].blocks if block.method and not block.refusal]
     assert shown == [
         (LENGTH, len(text[0])),
         (len(text[0]), LENGTH),

@@ -13,6 +13,7 @@ import tokred
 from tests.decoders.models import IMAGE, LENGTH, SIZES, SPAN, VISION, build, prompts
 from tokred.errors import OptionError
 from tokred.generation import PrunedLayer
+from tokred.testing import TinyViT
 
 VISUAL = {"spans": {"visual": SPAN}}
 
@@ -118,6 +119,17 @@ def test_methods_that_read_a_prompt_are_refused_in_an_image_encoder(options: dic
         assert torch.equal(result, model(pixels).last_hidden_state)
     blocks = [block for graph in tokred.reports().graphs for block in graph.blocks if block.refusal]
     assert [block.refusal.code for block in blocks if block.refusal] == ["no-visual-span"]
+
+
+def test_in_a_vit_s_last_layer_the_missing_image_is_the_reason_and_liveness_still_acts() -> None:
+    class ClassTokenOnly(TinyViT):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(pixels)["logits"]
+
+    report = tokred.explain(ClassTokenOnly().eval(), torch.randn(2, 3, 12, 12), recipe="fastv(layer=2)")
+    (graph,) = report.graphs
+    assert [block.refusal.code for block in graph.blocks if block.refusal] == ["no-visual-span"]
+    assert [entry.changes > 0 for entry in graph.passes if entry.name == "drop_dead_tokens"] == [True]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.one_capture import Switch
 from tests.reference.cases import BY_NAME, CASES, DEIT_SMALL, Case, outputs
 from tests.reference.driver import Method
 from tests.reference.evit import EViT
@@ -16,6 +17,7 @@ from tests.reference.expedit import Expedit
 from tests.reference.pitome import PiToMe
 from tests.reference.tofu import ToFu
 from tests.reference.tome import ToMe
+from tokred.compiler.options import parse_options
 
 TOME = "tome(r=5)"
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
@@ -42,11 +44,28 @@ OPTIONS: dict[str, Method] = {
     "evit(keep=0.45, layers=[0, 1, 2, 3])": EViT(0.45, [0, 1, 2, 3]),
     "expedit(layer=0, grid=(5, 3), iterations=2, tau=0.05, window=3, top_k=4)": Expedit(0, (5, 3), 2, 0.05, 3, 4),
 }
+LACKS = {"siglip_vision": "evit(keep=0.5, layers=[1])", "bert_model": "expedit(layer=1, grid=(2, 2))"}
 
 
 def applies(case: Case, recipe: str) -> bool:
     """EViT needs a class token, Expedit a grid."""
     return not (recipe.startswith("evit") and not case.head) and not (recipe.startswith("expedit") and not case.grid)
+
+
+def ways_of(case: Case) -> dict[str, tuple[bool, Method | None]]:
+    """recipe -> whether the exact passes run, and the oracle; None is the model itself."""
+    without = {recipe: method for recipe, method in MAIN.items() if recipe != TOME and applies(case, recipe)}
+    if case.name == "vit_model":
+        without |= OPTIONS
+    if case.name == "dinov2_registers_classifier":  # under mean pooling
+        without |= {recipe: method for recipe, method in OPTIONS.items() if "prop_attn" in recipe or "tofu" in recipe}
+    ways: dict[str, tuple[bool, Method | None]] = {recipe: (False, method) for recipe, method in without.items()}
+    ways[TOME] = (True, MAIN[TOME])  # without them: test_tome_and_its_gradients_equal_oracle
+    if case.name == "vit_classifier":
+        ways["evit(keep=0.5, layers=[1, 2], fuse=False)"] = (True, EViT(0.5, [1, 2], fuse=False))
+    if case.name in LACKS:
+        ways[LACKS[case.name]] = (False, None)
+    return ways
 
 
 def named(value: object) -> str:
@@ -60,63 +79,35 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_methods_equal_oracles(case: Case, subtests: pytest.Subtests) -> None:
+    """siglip_vision has no class token and bert_model no grid: there the method that needs it changes nothing."""
+    ways = ways_of(case)
+    common = {"lower": "eager"}
+    switch = Switch({way: parse_options({"recipe": way, "exact": ways[way][0], **common}, None) for way in ways})
+    model, x = case.build(), case.inputs()
+    fast = torch.compile(model, backend=switch)
+    for switch.way, (_, oracle) in ways.items():
+        with subtests.test(switch.way), torch.no_grad():
+            expected = case.oracle(model, x, oracle)
+            got = outputs(fast, x, list(expected))
+            for key, value in expected.items():
+                torch.testing.assert_close(got[key], value, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def compiled(model: nn.Module, recipe: str, **options: Any) -> nn.Module:
     return torch.compile(model, backend="tokred", options={"recipe": recipe, "lower": "eager", **options})
-
-
-def check(case: Case, recipe: str, oracle: Method, batch: int = 3, **options: Any) -> None:
-    model, x = case.build(), case.inputs(batch)
-    with torch.no_grad():
-        expected = case.oracle(model, x, oracle)
-        got = outputs(compiled(model, recipe, **options), x, list(expected))
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
-
-
-@pytest.mark.parametrize(
-    "case, recipe",
-    [(case, recipe) for case in CASES for recipe in MAIN if recipe != TOME and applies(case, recipe)],
-    ids=named,
-)
-def test_method_equals_oracle(case: Case, recipe: str) -> None:
-    """ToMe by itself is in test_tome_and_its_gradients_equal_oracle."""
-    check(case, recipe, MAIN[recipe], exact=False)
-
-
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_tome_with_exact_passes_equals_oracle(case: Case) -> None:
-    check(case, TOME, MAIN[TOME])
-
-
-@pytest.mark.parametrize("recipe", list(OPTIONS))
-def test_options_equal_oracle(recipe: str) -> None:
-    check(BY_NAME["vit_model"], recipe, OPTIONS[recipe], exact=False)
-
-
-@pytest.mark.parametrize("recipe", [recipe for recipe in OPTIONS if "prop_attn" in recipe or "tofu" in recipe])
-def test_options_equal_oracle_under_mean_pooling(recipe: str) -> None:
-    check(BY_NAME["dinov2_registers_classifier"], recipe, OPTIONS[recipe], exact=False)
-
-
-def test_evit_without_fusing_equals_oracle() -> None:
-    check(BY_NAME["vit_classifier"], "evit(keep=0.5, layers=[1, 2], fuse=False)", EViT(0.5, [1, 2], fuse=False))
 
 
 @pytest.mark.slow
 def test_real_deit_small_equals_oracle() -> None:
     """Twelve blocks, 197 tokens, r=13: 41 tokens are left."""
-    check(DEIT_SMALL, "tome(r=13)", ToMe(13), batch=2)
-
-
-@pytest.mark.parametrize(
-    "name, recipe", [("siglip_vision", "evit(keep=0.5, layers=[1])"), ("bert_model", "expedit(layer=1, grid=(2, 2))")]
-)
-def test_method_that_lacks_what_it_needs_changes_nothing(name: str, recipe: str) -> None:
-    case = BY_NAME[name]
-    model, x = case.build(), case.inputs()
+    model, x = DEIT_SMALL.build(), DEIT_SMALL.inputs(2)
     with torch.no_grad():
-        expected = case.oracle(model, x, None)
-        got = outputs(compiled(model, recipe, exact=False), x, list(expected))
+        expected = DEIT_SMALL.oracle(model, x, ToMe(13))
+        got = outputs(compiled(model, "tome(r=13)"), x, list(expected))
+    assert got.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, **TOLERANCE)
 

@@ -69,14 +69,16 @@ def refusals() -> list[str]:
     return [r.code for g in tokred.reports().graphs for p in g.passes if p.name == "pack_tokens" for r in p.refusals]
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("mask", [models.boolean, models.additive, models.infinite, models.causal])
-def test_only_rows_that_are_read_are_computed(mask: Any, pool: Any, left: bool, ran: list[int]) -> None:
-    model, inputs = encoder(mask, pool), batch(left=left)
-    agree(model, compiled(model), *inputs)
-    by_position = 3 - int(inputs[1][:, 0].sum()) if pool is models.first else 0  # h[:, 0] of left padding is padding
-    assert ran == [sum(LENGTHS) + by_position]
+def test_only_rows_that_are_read_are_computed(mask: Any, pool: Any, ran: list[int]) -> None:
+    """With padding on the right, and on the left."""
+    model = encoder(mask, pool)
+    fast, sides = compiled(model), (batch(), batch(left=True))
+    for inputs in sides:
+        agree(model, fast, *inputs)
+    by_position = 3 - int(sides[1][1][:, 0].sum()) if pool is models.first else 0  # h[:, 0] of left padding is padding
+    assert ran == [sum(LENGTHS), sum(LENGTHS) + by_position]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,28 @@ def test_validity_of_other_types(kind: torch.dtype, ran: list[int]) -> None:
     assert ran == [11]
 
 
+@pytest.mark.parametrize("mask", [models.boolean, models.additive])
+def test_bfloat16(mask: Any, ran: list[int]) -> None:
+    def half(valid: Tensor) -> Tensor:
+        made: Tensor = mask(valid)
+        least = torch.finfo(torch.bfloat16).min
+        return made if made.dtype == torch.bool else made.clamp(min=least).bfloat16()
+
+    model, inputs = encoder(half).bfloat16(), batch()
+    with torch.no_grad():
+        exact, dense, got = encoder(mask)(*inputs), model(*inputs), compiled(model)(*inputs)
+    assert ran == [11] and got.dtype == torch.bfloat16
+    error = [(x.double() - exact).abs().max() for x in (got, dense)]
+    assert error[0] <= error[1] + torch.finfo(torch.bfloat16).eps
+
+
+def test_a_mask_of_a_small_number_hides_nothing_for_certain(ran: list[int]) -> None:
+    """exp(-1e4 + score) is zero unless a score is near 1e4, and no one knows: every row may be read."""
+    model = encoder(lambda valid: (1.0 - valid[:, None, None, :].double()) * -1e4)
+    agree(model, compiled(model), *batch())
+    assert ran == refusals() == []
+
+
 @pytest.mark.parametrize("lengths, rows", [(LENGTHS, [11]), ((8, 8, 8), [])], ids=["packed", "dense"])
 def test_gradients(lengths: tuple[int, ...], rows: list[int], ran: list[int]) -> None:
     model, inputs = encoder(), batch(lengths)
@@ -212,8 +236,15 @@ class Pooled(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("pool", [models.mean, models.first])
-@pytest.mark.parametrize("name", ["bert_padded", "bert_eager", "modernbert", "mpnet", "t5_encoder", "esm", "minilm"])
+PADDED = ("bert_padded", "bert_eager", "modernbert", "mpnet", "t5_encoder", "esm", "minilm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, pool",
+    [(name, models.mean) for name in PADDED]
+    + [(name, models.first) for name in ("bert_padded", "modernbert", "mpnet")],
+)
 def test_encoders_of_transformers(name: str, pool: Any, ran: list[int]) -> None:
     architecture = ARCHITECTURES[name]
     model = Pooled(architecture.model(torch.float64), pool)

@@ -16,7 +16,7 @@ import tokred
 from tests.reference.token_sparse import token_sparse
 from tokred import AttentionRewrite, Effort
 from tokred.registry.recipe import parse_recipe
-from tokred.testing.models import CausalBlock, TinyDecoder, TinyViT
+from tokred.testing.models import Block, CausalBlock, TinyDecoder, TinyViT
 
 SHORT = "token_sparse_attention(window=4, least=6, coverage=0.3"  # acts on short texts
 IDS = torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -250,6 +250,22 @@ def test_what_is_no_plain_self_attention_is_refused_and_runs_as_it_is(kind: type
 
 def test_an_encoder_is_refused() -> None:
     assert codes(TinyViT(), SHORT + ")", torch.randn(2, 3, 12, 12).double()) == ["not-causal"] * 2
+
+
+def test_under_strict_an_encoder_beside_a_decoder_was_not_meant() -> None:
+    class Beside(TinyDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(Block(), Block())
+
+        def forward(self, ids: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(ids), self.encoder(image).mean(1)
+
+    image = torch.randn(2, 9, 32).double()
+    assert codes(Beside(), SHORT + ")", IDS, image, strict=True) == ["not-causal"]
+    torch.compiler.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"StrictError: .*not-causal"):
+        codes(TinyViT(), SHORT + ")", torch.randn(2, 3, 12, 12).double(), strict=True)
 
 
 def test_a_text_of_which_nothing_is_left_out_is_too_short() -> None:

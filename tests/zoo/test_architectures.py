@@ -38,30 +38,23 @@ class _CountAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @each_architecture
-def test_the_ground_truth_is_what_runs(architecture: Architecture) -> None:
-    with torch.no_grad(), _CountAttention() as count:
-        architecture.model()(**architecture.example())
-    assert count.calls.total() - OTHER_SOFTMAXES.get(architecture.name, 0) == architecture.attention
-
-
-@each_architecture
-def test_a_model_is_the_same_every_time_and_takes_every_batch(architecture: Architecture) -> None:
+def test_the_ground_truth_is_what_runs_and_every_time_the_same(architecture: Architecture) -> None:
+    """For every batch; and float64 agrees with float32."""
     first, second = architecture.model(), architecture.model()
+    with _CountAttention() as count:
+        single = outputs_of(first, architecture.example())
+    assert count.calls.total() - OTHER_SOFTMAXES.get(architecture.name, 0) == architecture.attention
     for batch in (1, 3):
         one, two = (outputs_of(model, architecture.example(batch)) for model in (first, second))
         assert one
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
         assert all(bool(tensor.isfinite().all()) for tensor in one)
-
-
-@each_architecture
-def test_float64_agrees_with_float32(architecture: Architecture) -> None:
     if not architecture.float64:
         with pytest.raises(RuntimeError):
             outputs_of(architecture.model(torch.float64), architecture.example(dtype=torch.float64))
         return
-    single = outputs_of(architecture.model(), architecture.example())
     double = outputs_of(architecture.model(torch.float64), architecture.example(dtype=torch.float64))
     assert any(tensor.dtype == torch.float64 for tensor in double)
     assert difference([tensor.to(d.dtype) for tensor, d in zip(single, double, strict=True)], double) < 1e-4

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 
 import tokred
+from tests.one_capture import compile_in_ways
 from tests.zoo.architecture import Architecture, tensors_of
 from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.measure import Row, difference, outputs_of, summary
 from tests.zoo.table import PAGE, load_table, render
 from tokred.compiler.options import parse_options
-from tokred.compiler.pipeline import compile_graph
 from tokred.compiler.report import GraphReport, Report
 
 TABLE = load_table()
@@ -60,7 +60,7 @@ def test_most_architectures_reduce_tokens() -> None:
 class Side:
     """A backend that compiles each graph in several ways, runs them all on the same inputs, and goes on unmodified.
 
-    One run of Dynamo serves all of them; `results` holds, for each way, the tensors of every graph in turn.
+    One run of Dynamo and one capture serve them all; `results` holds, for each way, the tensors of every graph in turn.
     """
 
     def __init__(self, **ways: dict[str, Any]):
@@ -69,9 +69,8 @@ class Side:
         self.reports: dict[str, list[GraphReport]] = {name: [] for name in ways}
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        functions: dict[str, Callable[..., Any]] = {}
-        for name, options in self.ways.items():
-            functions[name], report = compile_graph(gm, inputs, options, lambda stage, graph: None)
+        functions, reports = compile_in_ways(gm, inputs, self.ways)
+        for name, report in reports.items():
             self.reports[name].append(report)
 
         def run(*args: Any) -> Any:

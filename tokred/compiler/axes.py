@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokred.compiler.axis_rules import refine
+from tokred.compiler.axis_moves import refine
 from tokred.compiler.relations import Join, Link, Op, Reshape, Slot, Window, flow_of, same
 
 __all__ = ["Atom", "Axes", "Dim"]

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from tokred.compiler.attention import Attention
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.relations import same
+from tokred.compiler.residual import CONTRACTIONS, residual_of
 
 __all__ = ["Caches", "Kept", "collect", "delivering", "find_caches"]
 
@@ -52,10 +53,12 @@ class Kept:
 class Caches:
     """whole  results of the graph that hold all keys (values) of an attention, with the number of the result
     cut    attentions of which only the last keys are returned (a sliding window)
+    other  projections of keys (values) of which the graph returns something else, with the attention they serve
     """
 
     whole: dict[fx.Node, int]
     cut: set[Attention]
+    other: dict[fx.Node, Attention]
 
 
 def find_caches(gm: fx.GraphModule, attentions: list[Attention]) -> Caches:
@@ -64,8 +67,9 @@ def find_caches(gm: fx.GraphModule, attentions: list[Attention]) -> Caches:
     for block in attentions:
         for operand in (block.key, block.value) if block.form == "self" else ():
             owner |= {node: block for node, whole in _copied(operand) if whole}
-    caches = Caches({}, set())
-    for number, result in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
+    caches = Caches({}, set(), {})
+    results: Any = gm.graph.output_node().args[0]
+    for number, result in enumerate(results):
         for node, whole in _copied(result) if tensor_meta(result) is not None else ():
             if node in owner:
                 if whole:
@@ -73,7 +77,54 @@ def find_caches(gm: fx.GraphModule, attentions: list[Attention]) -> Caches:
                 else:
                     caches.cut.add(owner[node])
                 break
+    projections = {node: block for block in attentions for node in _projections(block)}
+    for result in results:
+        if result not in caches.whole and tensor_meta(result) is not None:
+            caches.other |= {node: projections[node] for node in _made_of(result) if node in projections}
     return caches
+
+
+def _projections(block: Attention) -> set[fx.Node]:
+    """What projects the stream to the keys and values that attend to it: every contraction between the two.
+
+    Empty for keys of another stream (cross-attention): they are computed again from what that stream's graph returns.
+    """
+    starts = {block.entry, residual_of(block.join)} if block.join is not None else set()
+    found, of_stream = set(), False
+    queue, seen = [block.key, block.value], {block.key, block.value}
+    while queue:
+        node = queue.pop()
+        joins = residual_of(node) is not None
+        if node in starts or joins:
+            of_stream = of_stream or node in starts or not starts
+            continue
+        if node.target in CONTRACTIONS:
+            found.add(node)
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return found if of_stream else set()
+
+
+def _made_of(result: fx.Node) -> set[fx.Node]:
+    """The products, linear layers and attentions that a value comes from without another one in between.
+
+    A hidden state comes from those that write to the stream, an attention's weights from q k^T, a cache from the
+    projections of keys and values: this tells them apart whatever a cache looks like.
+    """
+    found: set[fx.Node] = set()
+    queue, seen = [result], {result}
+    while queue:
+        node = queue.pop()
+        if node.target in CONTRACTIONS:
+            found.add(node)
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return found
 
 
 def _copied(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:

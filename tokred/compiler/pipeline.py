@@ -21,6 +21,7 @@ from tokred.compiler.memory import Memory, carrying
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
 from tokred.compiler.report import GraphReport, PassReport, Refusal
+from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
 from tokred.errors import StrictError, TokredError
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "compile_graph", "transform"]
 
 log = logging.getLogger("tokred")
+
+NEVER_MEANT = {"not-causal", "cross-attention", "single-query"}  # what no AttentionRewrite of causal attention computes
 
 Observer = Callable[[str, fx.GraphModule], None]
 
@@ -190,9 +193,11 @@ def _exact(
 
 
 def _cuts_dead_layer(options: Options, blocks: Blocks) -> bool:
-    """Whether a method cuts what enters a layer of which liveness left only the rows that are read."""
+    """Whether a method may cut what enters a layer of which liveness left only the rows that are read."""
     dead = [b for b in blocks.attentions if b.refusal is not None and b.refusal.code == "dead-tokens"]
-    cutting = [method for method in options.recipe.of(Reduction) if method.scope == "layer"]
+    image = bool(dead) and ("visual" in options.spans or any(map(scattered_span, blocks.attentions)))
+    layer = [method for method in options.recipe.of(Reduction) if method.scope == "layer"]
+    cutting = [method for method in layer if image or "visual" not in method.needs]
     return any(method.acts_on(b.layer, b.depth, b.module) for b in dead for method in cutting)
 
 
@@ -264,6 +269,8 @@ def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
     refused = [entry for entry in refused if entry[2].code != "decode"]  # recipes mean the prefill
+    computed = {str(method) for method, _ in rewritten.applied.values()}  # an encoder beside them was not meant
+    refused = [entry for entry in refused if entry[1] not in computed or entry[2].code not in NEVER_MEANT]
     for layer, method, refusal in refused:
         log.info("%s layer %d: %s refused: %s", report.model, layer, method, refusal.reason)
     if options.strict and refused:

@@ -7,7 +7,7 @@ from torch import fx
 
 from tokred.compiler.capture import tensor_meta
 
-__all__ = ["joined_to", "residual_of"]
+__all__ = ["CONTRACTIONS", "joined_to", "residual_of"]
 
 aten = torch.ops.aten
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}

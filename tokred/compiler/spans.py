@@ -23,7 +23,7 @@ from tokred.compiler.record import record
 from tokred.compiler.residual import residual_of
 from tokred.errors import OptionError, nearest
 
-__all__ = ["Span", "Spans"]
+__all__ = ["Span", "Spans", "scattered_span"]
 
 aten = torch.ops.aten
 
@@ -71,7 +71,7 @@ class Spans:
         Raises OptionError for a given span that cannot be one of this sequence.
         """
         if name not in self.given:
-            return self._scattered(block) if name == "visual" else None
+            return scattered_span(block) if name == "visual" else None
         extends = block.refusal is not None and block.refusal.code in CACHED
         if block.join is None or extends or not is_causal(block):
             return None
@@ -93,12 +93,6 @@ class Spans:
         for node in reversed(self._made):
             if not node.users:
                 self.gm.graph.erase_node(node)
-
-    # -- from the graph -----------------------------------------------------------------------------------------------
-
-    def _scattered(self, block: Attention) -> Span | None:
-        written = _written(block)
-        return None if written is None else _scattered(written)
 
     # -- from the user ------------------------------------------------------------------------------------------------
 
@@ -214,6 +208,12 @@ def _check_shape(where: str, mask: Tensor, size: tuple[Any, Any]) -> None:
     if all(len(shape) != mask.dim() or any(a != b for a, b in zip(shape, mask.shape, strict=True)) for shape in shapes):
         shown = f"{list(mask.shape)}, not [{size[1]}] or [{size[0]}, {size[1]}], samples and tokens"
         raise OptionError(f"{where} is a mask of shape {shown}")
+
+
+def scattered_span(block: Attention) -> Span | None:
+    """The image features that the graph writes into the stream that enters an attention; None where it shows none."""
+    written = _written(block)
+    return None if written is None else _scattered(written)
 
 
 def _written(block: Attention) -> fx.Node | None:

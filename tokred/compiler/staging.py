@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tokred.compiler.axis_rules import refine
+from tokred.compiler.axis_moves import refine
 from tokred.compiler.relations import Join, Kind, Link, Op, Reshape, Slot, Window, flow_of, same
 
 __all__ = ["Advance", "Batch", "Factor", "Layout", "Obstacle", "Plain", "Rows", "Stage", "advance", "extent"]

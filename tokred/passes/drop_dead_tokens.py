@@ -16,7 +16,7 @@ from torch import fx
 
 from tokred.compiler.align import Value
 from tokred.compiler.axes import Axes
-from tokred.compiler.axis_rules import refine
+from tokred.compiler.axis_moves import refine
 from tokred.compiler.capture import is_parameter, source_line, tensor_meta
 from tokred.compiler.lift import Lift
 from tokred.compiler.relations import Kind, Link, Op, Reshape, Slot, Window, flow_of, same

@@ -16,7 +16,7 @@ from tokred.compiler.options import Options
 from tokred.compiler.record import record
 from tokred.compiler.relations import Op
 from tokred.compiler.report import Refusal
-from tokred.compiler.spans import Span, find_span
+from tokred.compiler.spans import Span, scattered_span
 from tokred.compiler.towers import Tower, find_tower
 from tokred.passes.graph_edit import copy_graph
 from tokred.passes.site_tensors import RAGGED, number, visible
@@ -56,7 +56,7 @@ class _Found:
 def fuse_frames(gm: fx.GraphModule, blocks: Blocks, options: Options) -> Fused:
     """Let the recipe's FrameFusion choose what the language model reads. Graphs without images stay as they are."""
     methods = options.recipe.of(FrameFusion)
-    spans = [(block, span) for block in blocks.attentions if (span := find_span(block, options.spans)) is not None]
+    spans = [(block, span) for block in blocks.attentions if (span := scattered_span(block)) is not None]
     if not methods or not spans:
         return Fused(gm)
     block, span = spans[0]

@@ -90,7 +90,7 @@ def reduce_tokens(
         try:
             reduced = run.go(trace=trace)
         except _SiteFailed as failure:
-            barred[failure.block, failure.method.name] = failure.refusal
+            barred |= failure.sites
             continue
         if reduced.applied:
             return reduced
@@ -110,8 +110,10 @@ class _Skipped:
 
 
 class _SiteFailed(Exception):
-    def __init__(self, block: Attention, method: Reduction, refusal: Refusal):
-        self.block, self.method, self.refusal = block, method, refusal
+    """What must not act, by block and method, and why."""
+
+    def __init__(self, sites: dict[tuple[Attention, str], Refusal]):
+        self.sites = sites
 
 
 class _Run:
@@ -149,6 +151,7 @@ class _Run:
                 if (node, scope) in sites:
                     self._try(sites[node, scope], scope)
         self._guarded(self._prove_renumbered)
+        self._check_caches()
         for block in attentions:
             self._explain_rest(block)
         groups = tuple(self._groups(applied.stage) for applied in self.reduced.applied.values()) if trace else ()
@@ -171,7 +174,21 @@ class _Run:
                 raise
             block, applied = next(reversed(self.reduced.applied.items()))
             code = "shape-mismatch" if type(error).__name__ == "ShapeMismatch" else "rewrite-failed"
-            raise _SiteFailed(block, applied.method, refuse(code, _sentence(error), block)) from error
+            raise _SiteFailed({(block, applied.method.name): refuse(code, _sentence(error), block)}) from error
+
+    def _check_caches(self) -> None:
+        """Keys of tokens that are gone are nobody's: what is made of them may stay short as a cache, or not be cut."""
+        sites = {}
+        for node, reader in self.caches.other.items():
+            cuts = {stage for _, _, rows in rows_of(self.lift.env[node].layout) for stage in rows.stage.chain}
+            reason = (
+                f"layer {reader.layer} returns something made of its keys or values that is no cache as tokred knows it"
+            )
+            for block, applied in self.reduced.applied.items():
+                if applied.stage in cuts:
+                    sites[block, applied.method.name] = refuse("unknown-cache", reason, block)
+        if sites:
+            raise _SiteFailed(sites)
 
     def _visit(self, node: fx.Node) -> None:
         """Run a node; where a layer ends that tokens went around, they are back in its value."""
@@ -216,7 +233,9 @@ class _Run:
                 continue
             if method.scope == "layer" and method.restores(block.layer, block.depth):
                 self._guarded(partial(self._bring_back, block, method))
-            refusal = self.barred.get((block, method.name)) or block.refusal or self._apply(block, method)
+            refusal = (
+                self.barred.get((block, method.name)) or self._standing(block, method) or self._apply(block, method)
+            )
             if refusal is not None:
                 self.reduced.refused.setdefault(block, (method, refusal))
 
@@ -237,14 +256,22 @@ class _Run:
         if block in self.reduced.applied or block in self.reduced.refused or block.refusal is None:
             return
         for method in self.methods:
-            if self._means(method, block):
-                self.reduced.refused[block] = (method, block.refusal)
+            if self._means(method, block) and (refusal := self._standing(block, method)) is not None:
+                self.reduced.refused[block] = (method, refusal)
                 return
 
     def _means(self, method: Reduction, block: Attention) -> bool:
         """Whether the method is asked here: a visual one is not asked in the encoder that made the image tokens."""
         elsewhere = "visual" in method.needs and self.spans[block] is None and any(self.spans.values())
         return not elsewhere and method.acts_on(block.layer, block.depth, block.module)
+
+    def _standing(self, block: Attention, method: Reduction) -> Refusal | None:
+        """Why the method could act at no time at this block; the plainest reason first."""
+        alive = block.refusal is None or block.refusal.code == "dead-tokens"  # which is this method's own concern
+        if alive and "visual" in method.needs_at(block.layer, block.depth) and self.spans[block] is None:
+            why = self.tensors.spans.why_none(block)
+            return refuse("no-visual-span", f"{why}: spans={{'visual': (first, behind the last)}}", block)
+        return block.refusal
 
     def _apply(self, block: Attention, method: Reduction) -> Refusal | None:
         trip = method.scope == "round_trip"

@@ -70,9 +70,6 @@ def unfit(
     """What the method needs and the site lacks. `companion`: see Options."""
     needs = set(method.needs_at(block.layer, block.depth))
     attention = needs & PROBED
-    if "visual" in needs and span is None:
-        why = tensors.spans.why_none(block)
-        return refuse("no-visual-span", f"{why}: spans={{'visual': (first, behind the last)}}", block)
     if (named := sorted(needs & set(FROM_VISUAL) - set(tensors.spans.given))) and span is None:
         reason = f"the {' and '.join(named)} rows are told from visual ones, and there are none"
         return refuse("no-visual-span", reason, block)

@@ -5,6 +5,8 @@ On CUDA two Triton kernels (column_sums_triton.py), elsewhere blocks of rows; `r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,17 @@ def column_sums(
 
     A row that sees no key at all gives nothing to any. Raises ValueError for steps < 1, or steps > 1 with N != M.
     """
-    _check(query, key, steps)
-    batch, heads, tokens, keys = *query.shape[:3], key.shape[2]
-    block = max(ELEMENTS // max(batch * heads * keys, 1), 1)
+    if steps < 1 or (steps > 1 and query.shape[2] != key.shape[2]):
+        raise ValueError(f"column_sums: {steps} steps over {query.shape[2]} rows and {key.shape[2]} keys")
     wide = _wide(query)
     x = weight.to(wide)
+    if query.is_cuda:
+        from tokred.backends.kernels.column_sums_triton import launch  # Triton comes with torch where there is CUDA
+
+        result: Tensor = launch(query, key, x, mask, causal, scale, temperature, steps)
+        return result
+    batch, heads, tokens, keys = *query.shape[:3], key.shape[2]
+    block = max(ELEMENTS // max(batch * heads * keys, 1), 1)
     normal = query.new_full((batch, heads, tokens), torch.inf, dtype=wide)
     for step in range(steps):
         total = x.new_zeros(batch, heads, keys)
@@ -56,35 +64,8 @@ def column_sums(
 
 
 @column_sums.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    temperature: float,
-    steps: int,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1], key.shape[2]), dtype=_wide(query))
-
-
-@column_sums.register_kernel("cuda")
-def _on_cuda(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    temperature: float,
-    steps: int,
-) -> Tensor:
-    from tokred.backends.kernels.column_sums_triton import launch  # Triton comes with torch where there is CUDA
-
-    _check(query, key, steps)
-    result: Tensor = launch(query, key, weight.to(_wide(query)), mask, causal, scale, temperature, steps)
-    return result
 
 
 def _scores(
@@ -112,11 +93,6 @@ def hidden(mask: Tensor) -> Tensor:
 
 def _wide(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _check(query: Tensor, key: Tensor, steps: int) -> None:
-    if steps < 1 or (steps > 1 and query.shape[2] != key.shape[2]):
-        raise ValueError(f"column_sums: {steps} steps over {query.shape[2]} rows and {key.shape[2]} keys")
 
 
 def reference(

@@ -49,6 +49,10 @@ def greedy_diverse(
     """
     _check(features, count, objective, score)
     unit, score, ceiling = prepared(features, objective, score, among)
+    if features.is_cuda:
+        from tokred.backends.kernels.greedy_triton import launch  # Triton comes with torch where there is CUDA
+
+        return launch(similarities(unit, ceiling), score, ceiling, count, objective, first)
     if objective == "cover":
         return _covering(similarities(unit, ceiling), score, ceiling, count, first)
     # All products at once take as long as one row's products N/2 times or more: measured at N 576, 2880, D 1024, 4096.
@@ -80,32 +84,9 @@ def _choosing(
 
 
 @greedy_diverse.register_fake
-def _(
-    features: Tensor,
-    count: int,
-    objective: str,
-    score: Tensor | None = None,
-    first: Tensor | None = None,
-    among: Tensor | None = None,
-) -> Tensor:
+def _(features: Tensor, count: int, objective: str, score: Tensor | None = None, *rest: Any) -> Tensor:
     _check(features, count, objective, score)
     return features.new_empty((features.shape[0], count), dtype=torch.int64)
-
-
-@greedy_diverse.register_kernel("cuda")
-def _on_cuda(
-    features: Tensor,
-    count: int,
-    objective: str,
-    score: Tensor | None = None,
-    first: Tensor | None = None,
-    among: Tensor | None = None,
-) -> Tensor:
-    from tokred.backends.kernels.greedy_triton import launch  # Triton comes with torch where there is CUDA
-
-    _check(features, count, objective, score)
-    unit, score, ceiling = prepared(features, objective, score, among)
-    return launch(similarities(unit, ceiling), score, ceiling, count, objective, first)
 
 
 def prepared(
