@@ -77,7 +77,7 @@ def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -
     returned = {_identity(block): entry for block, entry in reduced.returned.items()}
     modules = Counter(block.module for block in found.attentions)
     calls: Counter[str] = Counter()
-    linears = [node for mlp in found.mlps for node in (mlp.down, *mlp.ups)]
+    linears = [node for mlp in found.mlps for node in mlp.products]
     rows = []
     for block in found.attentions:
         key = _identity(block)
@@ -125,7 +125,7 @@ def _show_rewritten(row: BlockReport, key: tuple[str, int, str], rewritten: Any,
 def _mlp_row(mlp: Mlp, costs: Costs) -> BlockReport:
     """An MLP runs on as many tokens as what its last linear became does."""
     row = BlockReport("mlp", mlp.layer, mlp.module, (_show(mlp.tokens),) * 2, mlp.form, mlp.source)
-    row.flops = costs.nodes([*mlp.ups, mlp.down])
+    row.flops = costs.nodes(mlp.products)
     new = costs.became(mlp.down)
     if new is not None:
         row.tokens = (row.tokens[0], _rescaled(mlp.tokens, _rows(mlp.down, mlp), _rows(new, mlp)))
