@@ -13,7 +13,7 @@ from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
 from tokred.compiler.report import GraphReport, Report, TokenPicture
 
-__all__ = ["explain"]
+__all__ = ["as_compiled", "explain"]
 
 
 def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -34,13 +34,13 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
     plain = getattr(model, "_orig_mod", model)  # a model that is compiled already is explained as it was before
     # Dynamo counts what else this model was compiled with, and would run the ninth variant as it stands.
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
-    with torch.no_grad(), torch._dynamo.config.patch(limits), _as_compiled(plain):
+    with torch.no_grad(), torch._dynamo.config.patch(limits), as_compiled(plain):
         compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
         compiled(*args, **kwargs)
     return Report(graphs)
 
 
-def _as_compiled(model: Any) -> AbstractContextManager[None]:
+def as_compiled(model: Any) -> AbstractContextManager[None]:
     """What `tokred.compile` sets for a generating model."""
     if not getattr(model, "can_generate", bool)():
         return nullcontext()

@@ -25,9 +25,11 @@ from tokred.compiler.verify import verified
 from tokred.errors import StrictError, TokredError
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.method import Reduction
+from tokred.registry.neurons import Sparsity
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
+    from tokred.passes.sparsify import Sparsified
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
@@ -130,14 +132,17 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    exact, graph = graph, _plugins("reduce", options, rewritten.graph, report, observe)
+    sparse = _sparsify(rewritten.graph, graph, original, blocks, example_inputs, options, report)
+    if options.recipe.of(Sparsity):
+        observe("sparsify", sparse.graph)
+    exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, sparse, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten)
+    _enforce(options, report, reduced, rewritten, sparse)
     packing = _pack(exact if options.recipe.methods else graph, options, report)  # a recipe's own masks hide no padding
     if packing is not None:
         observe("pack_tokens", packing.packed)
@@ -227,12 +232,39 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
-def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any) -> None:
+def _sparsify(
+    gm: fx.GraphModule,
+    exact: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    example_inputs: list[Any],
+    options: Options,
+    report: GraphReport,
+) -> Sparsified:
+    """What methods leave out of MLPs and linears, after tokens were reduced: `blocks` are those of the graph `exact`."""
+    from tokred.passes.sparsify import Sparsified, sparsify
+
+    methods = options.recipe.of(Sparsity)
+    if not methods:
+        return Sparsified(gm)
+    started = time.perf_counter()
+    if gm is not exact:
+        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    parameters = {node.name: value for node, value in inputs}
+    done = sparsify(gm, original, blocks, methods, options.calibration, parameters)
+    report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
+    return done
+
+
+def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any, sparse: Sparsified) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
-    refused = [entry for entry in refused if entry[2].code != "decode"]  # recipes mean the prefill
+    refused += [(block.layer, str(method), refusal) for block, (method, refusal) in sparse.refused.items()]
+    # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
+    refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]
     for layer, method, refusal in refused:
         log.info("%s layer %d: %s refused: %s", report.model, layer, method, refusal.reason)
     if options.strict and refused:

@@ -54,6 +54,7 @@ def summarize(
     axes: Axes,
     reduced: Any,
     rewritten: Any,
+    sparse: Any,
     final: fx.GraphModule,
 ) -> None:
     """Fill in blocks, costs and restores."""
@@ -65,6 +66,7 @@ def summarize(
         _show_rewritten(row, _identity(block), rewritten, reduced)
     rows = [(place[block.anchor], row) for block, row in attentions]
     rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
+    _show_sparse([row for _, row in rows], sparse)
     report.blocks += [row for _, row in sorted(rows, key=itemgetter(0))]
     report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
 
@@ -120,6 +122,24 @@ def _show_rewritten(row: BlockReport, key: tuple[str, int, str], rewritten: Any,
             row.note += f"; {method.name} refused: {refusal.reason}"
         elif _identity(block) == key and row.method is None:
             row.method, row.refusal = str(method), refusal
+
+
+def _show_sparse(rows: list[BlockReport], sparse: Any) -> None:
+    """What is left out of a block's weights, beside what became of its tokens."""
+    by_place = {(row.kind, row.layer, row.module): row for row in rows}
+    for found, refused in ((sparse.applied, False), (sparse.refused, True)):
+        for block, (method, said) in found.items():
+            kind = "mlp" if isinstance(block, Mlp) else "attention"
+            row = by_place.get((kind, block.layer, block.module))
+            if row is None:
+                continue
+            if not refused:
+                row.method = str(method) if row.method is None or row.refusal else f"{row.method} + {method}"
+                row.note, row.refusal = "; ".join(part for part in (row.note, said) if part), None
+            elif row.method is None:
+                row.method, row.refusal = str(method), said
+            else:
+                row.note = "; ".join(part for part in (row.note, f"{method.name} refused: {said.reason}") if part)
 
 
 def _mlp_row(mlp: Mlp, costs: Costs) -> BlockReport:

@@ -1,0 +1,168 @@
+"""At each MLP and attention that the recipe names leave out what the method leaves out of the values that linears read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from tokred.compiler.blocks import Attention, Blocks, Mlp
+from tokred.compiler.calibration import Calibration
+from tokred.compiler.capture import tensor_meta
+from tokred.compiler.neurons import NeuronSite, decodes, find_neurons, prompts
+from tokred.compiler.record import record
+from tokred.compiler.report import Refusal
+from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
+from tokred.passes.indices import same_shape
+from tokred.registry.neurons import Neurons, Sparsity
+
+__all__ = ["Sparsified", "sparsify"]
+
+Block = Mlp | Attention
+
+
+@dataclass
+class Sparsified:
+    """The rewritten graph; which method acts at which block, in words, and why not at others."""
+
+    graph: fx.GraphModule
+    applied: dict[Block, tuple[Sparsity, str]] = field(default_factory=dict)
+    refused: dict[Block, tuple[Sparsity, Refusal]] = field(default_factory=dict)
+
+
+def sparsify(
+    gm: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    methods: tuple[Sparsity, ...],
+    calibration: Calibration | None,
+    parameters: Mapping[str, Tensor],
+) -> Sparsified:
+    """Mask values where the methods say so; the first method that acts on a block has it to itself.
+
+    original     the model as the user wrote it, which says whether this graph decodes
+    blocks       those of `gm`, with their layers' numbers in the model
+    parameters   by the names of the graph's placeholders
+    """
+    done = Sparsified(gm)
+    chosen: list[tuple[NeuronSite, Sparsity]] = []
+    for block, sites in _by_block(find_neurons(gm, blocks)).items():
+        for method in methods:
+            place = sites[0].place
+            if block in done.applied or not method.acts_on(place.layer, place.depth, place.module):
+                continue
+            mine = [site for site in sites if site.place.role in method.acts_at]
+            refusal = _unfit(block, method, mine, original, calibration)
+            if refusal is not None:
+                done.refused.setdefault(block, (method, refusal))
+                continue
+            told = [_told(site, method, calibration, parameters, gm) for site in mine]
+            told = [site for site in told if not method.idle(site.place)]
+            if told:
+                chosen += [(site, method) for site in told]
+                done.applied[block] = (method, "; ".join(_words(site, method, len(told)) for site in told))
+    for block in done.applied:
+        done.refused.pop(block, None)
+    if chosen:
+        _mask_all(done, gm, chosen)
+    return done
+
+
+def _by_block(sites: Iterable[NeuronSite]) -> dict[Block, list[NeuronSite]]:
+    found: dict[Block, list[NeuronSite]] = {}
+    for site in sites:
+        found.setdefault(site.block, []).append(site)
+    return found
+
+
+def _unfit(
+    block: Block, method: Sparsity, sites: list[NeuronSite], original: Blocks, calibration: Calibration | None
+) -> Refusal | None:
+    """Why a method has nothing to do here; None if it has."""
+    where = f"{block.module} ({block.source})" if block.module else block.source
+    if not sites and isinstance(block, Mlp) and "gate" in method.acts_at:
+        return Refusal("not-gated", f"{method.name} thresholds the gate of an MLP, and this one has none", where)
+    if not sites:
+        return None
+    if method.phase == "decode" and not decodes(original):
+        if prompts(original):
+            return Refusal("prefill", f"{method.name} acts on one token a sequence; phase='masked' on all", where)
+        return Refusal("no-decode", f"{method.name} acts while decoding, which this is no model for", where)
+    if any(linear.weight is None for site in sites for linear in site.linears) or not all(s.linears for s in sites):
+        return Refusal("weight", "the weight of one of its linears is computed, and no parameter", where)
+    if method.calibrated and calibration is None:
+        how = f"calibration=tokred.calibrate(model, batches, recipe={method.name!r})"
+        return Refusal("no-calibration", f"{method.name} takes its thresholds from a calibration: {how}", where)
+    return None
+
+
+def _told(
+    site: NeuronSite,
+    method: Sparsity,
+    calibration: Calibration | None,
+    parameters: Mapping[str, Tensor],
+    gm: fx.GraphModule,
+) -> NeuronSite:
+    """The site with what the calibration measured there. Raises CalibrationError if it is of another model."""
+    if calibration is None or not method.calibrated:
+        return site
+    for linear in site.linears:
+        weight: Any = linear.weight
+        value = parameters[weight.name] if weight.op == "placeholder" else getattr(gm, weight.target)
+        sketch = calibration.sketch(site.measured, linear.name, value)
+    return site.at(sketch=sketch)
+
+
+def _words(site: NeuronSite, method: Sparsity, of: int) -> str:
+    words = method.words(site.place)
+    return f"{site.place.role}: {words}" if of > 1 else words
+
+
+def _mask_all(done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSite, Sparsity]]) -> None:
+    """Write what was decided into a copy of the graph; a method that raises is refused there."""
+    copy = copy_graph(gm)
+    copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+    changed = []
+    for site, method in chosen:
+        try:
+            changed.append(_mask(copy.graph, copies, site, method))
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            where = f"{site.block.module} ({site.block.source})"
+            reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
+            done.refused[site.block] = (method, Refusal("method-raised", reason, where))
+            done.applied.pop(site.block, None)
+    if changed:
+        refresh(copy.graph, changed)
+        keep_output_strides(copy, gm)
+        copy.graph.eliminate_dead_code()
+        copy.recompile()
+        done.graph = copy
+
+
+def _mask(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Sparsity) -> fx.Node:
+    """Let what reads the site's values read the masked ones, which are returned."""
+    values, before = copies[site.values], set(graph.nodes)
+    readers = [copies[node] for node in site.readers]
+    meta = tensor_meta(values)
+    assert meta is not None
+    with graph.inserting_before(min(readers)):
+        masked = record(graph, partial(_masked, method=method, place=site.place, channel=site.channel), (values,))
+    now = tensor_meta(masked)
+    if now is None or not same_shape(now.shape, meta.shape) or now.dtype != meta.dtype:
+        shown = "no tensor" if now is None else f"{list(now.shape)} {now.dtype}"
+        raise ValueError(f"masked() gives {shown} for {list(meta.shape)} {meta.dtype}")
+    inherit([node for node in graph.nodes if node not in before], values)
+    for reader in readers:
+        reader.replace_input_with(values, masked)
+    found: fx.Node = masked
+    return found
+
+
+def _masked(values: Tensor, *, method: Sparsity, place: Neurons, channel: int) -> Tensor:
+    if channel == -1:
+        return method.masked(values, place)
+    return method.masked(values.movedim(channel, -1), place).movedim(-1, channel)
