@@ -125,11 +125,11 @@ class Threshold(Sparsity):
 
 
 def masked_by(values: Tensor, threshold: float) -> Tensor:
-    """`values` where they are larger than a threshold in magnitude, and 0 where they are not."""
+    """`values` with 0 for what is at most a threshold in magnitude; NaN stays."""
     magnitude = values.abs()
     if values.dtype in (torch.float16, torch.bfloat16):
         magnitude = magnitude.float()  # a threshold rounded to these would be another one
-    return torch.where(magnitude > threshold, values, 0.0)
+    return torch.where(magnitude <= threshold, 0.0, values)
 
 
 def check_sparsity(method: str, value: float | None) -> None:
