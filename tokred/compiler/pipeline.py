@@ -19,6 +19,7 @@ from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
+from tokred.compiler.relaid import lower_relaid, relaid_inputs
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
@@ -66,7 +67,7 @@ def compile_graph(
     graph = done.graph if done.changed else gm
     into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
     if done.packing is None:
-        compiled = into(graph, example_inputs)
+        compiled = lower_relaid(graph, example_inputs, into)
     else:
         compiled = lower_padded(graph, example_inputs, done.packing, into)
     if options.verify:
@@ -174,7 +175,7 @@ def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packi
     """A second graph beside the first: which of them runs is known when the data are."""
     from tokred.passes.pack_tokens import pack_tokens
 
-    if not options.exact:
+    if not options.exact or relaid_inputs(graph):
         return None
     started = time.perf_counter()
     entry = PassReport("pack_tokens", True, 0, 0.0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokred.compiler.relaid import relaid_inputs, supplied
 from tokred.compiler.report import GraphReport
 from tokred.errors import VerifyError
 
@@ -34,7 +35,7 @@ def verified(
         pending = False
         before, name = None, ""
         for stage, graph in stages:
-            results = _run(graph.forward, inputs)
+            results = _run(supplied(graph.forward, relaid_inputs(graph)), inputs)
             if before is not None and stage not in lossy:
                 _compare(before, results, f"stage {stage!r} of {report.model} differs from {name!r}")
             before, name = results, stage

@@ -1,0 +1,210 @@
+// The CPU kernels of tokred::sparse_linear and tokred::gated_tail, plain C for ctypes: see neurons.py.
+//
+// A row of the neuron-major weight is read if its neuron is active for any token, once for all tokens. Weights are
+// float32, bfloat16 or float16, everything else is float32. Threads take equal shares of the active neurons, sum into
+// rows of their own, and add those up in order: the same result for the same number of threads.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+constexpr int LANES = 8, AT_ONCE = 4, TOKENS = 8;  // of a vector; neurons in one pass over the sums; at most
+
+// Vectors may lie anywhere in arrays of other types; a cast between two of one size keeps the bits.
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef short Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct Float32 { float value; };
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+inline Floats load(const Float32* from) { return *reinterpret_cast<const Floats*>(from); }
+
+inline Floats load(const Bfloat16* from) {
+  return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+}
+
+inline Floats load(const Float16* from) {
+#ifdef __F16C__
+  return __builtin_ia32_vcvtph2ps256(*reinterpret_cast<const Shorts*>(from));
+#else
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
+  const Words size = (bits & 0x7fff) << 13;
+  const Words finite = (Words)((Floats)size * 0x1p112f);  // the exponent's bias is 15 there and 127 here
+  const Words whole = finite | ((Words)(size >= 0x0f800000) & 0x7f800000);  // infinities and NaN
+  return (Floats)(whole | (bits & 0x8000) << 16);
+#endif
+}
+
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {  // fewer than a vector has; zeros behind them
+  T padded[LANES] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+inline bool active(float value, float threshold) { return !(std::fabs(value) <= threshold); }  // NaN is
+
+// sums[m][d] += sum_r share[m][r] * rows[r][d]
+template <class T>
+inline void add_rows(float* sums, int64_t tokens, int64_t width, const T* const* rows, const T* const* next,
+                     const float (*share)[AT_ONCE]) {
+  int64_t d = 0;
+  for (; d + 2 * LANES <= width; d += 2 * LANES) {
+    Floats low[AT_ONCE], high[AT_ONCE];
+#pragma GCC unroll 4
+    for (int r = 0; r < AT_ONCE; ++r) {
+      __builtin_prefetch(next[r] + d, 0, 2);
+      low[r] = load(rows[r] + d), high[r] = load(rows[r] + d + LANES);
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      Floats* to = reinterpret_cast<Floats*>(sums + m * width + d);
+      Floats first = to[0], second = to[1];
+#pragma GCC unroll 4
+      for (int r = 0; r < AT_ONCE; ++r) first += share[m][r] * low[r], second += share[m][r] * high[r];
+      to[0] = first, to[1] = second;
+    }
+  }
+  for (; d < width; d += LANES) {
+    const int64_t count = width - d < LANES ? width - d : LANES;
+    for (int64_t m = 0; m < tokens; ++m) {
+      Floats sum = load_some(sums + m * width + d, count);
+      for (int r = 0; r < AT_ONCE; ++r) sum += share[m][r] * load_some(rows[r] + d, count);
+      std::memcpy(sums + m * width + d, &sum, count * sizeof(float));
+    }
+  }
+}
+
+// products[m][r] = <rows[r], x[m]> for M tokens, whose sums stay in registers
+template <class T, int M>
+inline void multiply(float (*products)[AT_ONCE], int64_t width, const T* const* rows, const T* const* next,
+                     const float* x) {
+  Floats sums[M][AT_ONCE] = {};
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES)
+#pragma GCC unroll 4
+    for (int r = 0; r < AT_ONCE; ++r) {
+      __builtin_prefetch(next[r] + c, 0, 2);
+      const Floats row = load(rows[r] + c);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sums[m][r] += row * load(x + m * width + c);
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < AT_ONCE; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      if (c < width) sums[m][r] += load_some(rows[r] + c, width - c) * load_some(x + m * width + c, width - c);
+      products[m][r] = 0;
+      for (int lane = 0; lane < LANES; ++lane) products[m][r] += sums[m][r][lane];
+    }
+}
+
+struct Problem {
+  const float* act;  // [M F] which neurons are active, and by how much
+  int64_t tokens, neurons;
+  float threshold;
+  const float* x;  // [M C], null without an up-projection
+  const void* up;  // [F C]
+  int64_t up_stride, channels;
+  const float* up_bias;  // [F] or null
+  const void* down;      // [F D]
+  int64_t down_stride, width;
+  const float* bias;  // [D] or null
+  float* y;           // [M D]
+};
+
+template <class T>
+void run(const Problem& p, int threads) {
+  thread_local std::vector<int32_t> indices;  // kept between calls: a fresh large block is paged in anew each time
+  thread_local std::vector<float> partial;
+  thread_local std::vector<int64_t> counts;
+  const int64_t cells = p.tokens * p.width;
+  if ((int64_t)indices.size() < 2 * p.neurons) indices.resize(2 * p.neurons);
+  if ((int64_t)partial.size() < threads * cells) partial.resize(threads * cells);
+  if ((int64_t)counts.size() < threads) counts.resize(threads);
+  int32_t *const scattered = indices.data(), *const list = scattered + p.neurons;
+  float* const sums = partial.data();
+  int64_t* const found = counts.data();
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), own = omp_get_thread_num();
+    const auto start = [&](int64_t total, int thread) { return total * thread / team; };
+
+    int32_t* const mine = scattered + start(p.neurons, own);
+    int64_t count = 0;
+    for (int64_t f = start(p.neurons, own); f < start(p.neurons, own + 1); ++f) {
+      bool any = false;
+      for (int64_t m = 0; m < p.tokens; ++m) any |= active(p.act[m * p.neurons + f], p.threshold);
+      mine[count] = (int32_t)f;
+      count += any;
+    }
+    found[own] = count;
+#pragma omp barrier
+
+    int64_t before = 0, total = 0;
+    for (int t = 0; t < team; ++t) before += t < own ? found[t] : 0, total += found[t];
+    std::memcpy(list + before, mine, count * sizeof(int32_t));
+    float* const sum = sums + own * cells;
+    std::memset(sum, 0, cells * sizeof(float));
+#pragma omp barrier
+
+    const int64_t end = start(total, own + 1);
+    for (int64_t i = start(total, own); i < end; i += AT_ONCE) {
+      const T *down[AT_ONCE], *next_down[AT_ONCE], *up[AT_ONCE], *next_up[AT_ONCE];
+      float share[TOKENS][AT_ONCE], added[AT_ONCE];
+      for (int r = 0; r < AT_ONCE; ++r) {
+        const int64_t f = list[i + r < end ? i + r : i], next = list[i + r + AT_ONCE < end ? i + r + AT_ONCE : i];
+        down[r] = (const T*)p.down + f * p.down_stride, next_down[r] = (const T*)p.down + next * p.down_stride;
+        up[r] = (const T*)p.up + f * p.up_stride, next_up[r] = (const T*)p.up + next * p.up_stride;
+        added[r] = p.up_bias ? p.up_bias[f] : 0;
+        for (int64_t m = 0; m < p.tokens; ++m) {
+          const float value = p.act[m * p.neurons + f];  // behind the end a row is read again and counts nothing
+          share[m][r] = i + r < end && active(value, p.threshold) ? value : 0;
+        }
+      }
+      if (p.x) {
+        float dot[TOKENS][AT_ONCE];
+        int64_t m = 0;
+        for (; m + 2 <= p.tokens; m += 2) multiply<T, 2>(dot + m, p.channels, up, next_up, p.x + m * p.channels);
+        if (m < p.tokens) multiply<T, 1>(dot + m, p.channels, up, next_up, p.x + m * p.channels);
+        for (m = 0; m < p.tokens; ++m)
+          for (int r = 0; r < AT_ONCE; ++r)
+            if (share[m][r] != 0) share[m][r] *= dot[m][r] + added[r];
+      }
+      add_rows(sum, p.tokens, p.width, down, next_down, share);
+    }
+#pragma omp barrier
+
+    for (int64_t m = 0; m < p.tokens; ++m)
+      for (int64_t d = start(p.width, own); d < start(p.width, own + 1); ++d) {
+        float value = p.bias ? p.bias[d] : 0;
+        for (int t = 0; t < team; ++t) value += sums[t * cells + m * p.width + d];
+        p.y[m * p.width + d] = value;
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" void tokred_neurons(
+    const float* act, int64_t tokens, int64_t neurons, double threshold,
+    const float* x, const void* up, int64_t up_stride, int64_t channels, const float* up_bias,
+    const void* down, int64_t down_stride, int64_t width, const float* bias,
+    float* y, int32_t type, int32_t threads) {
+  const Problem p = {act, tokens, neurons, (float)threshold, x, up, up_stride, channels, up_bias,
+                     down, down_stride, width, bias, y};
+  if (type == 0) run<Float32>(p, threads);
+  if (type == 1) run<Bfloat16>(p, threads);
+  if (type == 2) run<Float16>(p, threads);
+}
