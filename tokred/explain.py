@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
+from tokred.compiler.relaid import relaid_inputs, supplied
 from tokred.compiler.report import GraphReport, Report, TokenPicture
 
 __all__ = ["as_compiled", "explain"]
@@ -54,8 +55,10 @@ def _traced(done: Compiled, gm: fx.GraphModule) -> Any:
     if not done.changed:
         return gm.forward
 
+    graph = supplied(done.graph, relaid_inputs(done.graph))
+
     def call(*inputs: Any) -> Any:
-        results = list(done.graph(*inputs))
+        results = list(graph(*inputs))
         own = len(results) - len(done.applied)
         if not done.report.pictures:
             done.report.pictures = _pictures(done.applied, results[own:])

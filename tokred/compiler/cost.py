@@ -64,7 +64,8 @@ class Costs:
         for node in nodes:
             new = self.became(node)
             before += flops(node)
-            after += flops(node if new is None else new)
+            gone = new is None and not self._ledgers[1].get(_key(node))  # another product does its work
+            after += 0 if gone else flops(node if new is None else new)
         return before, after
 
     def _pair(self, wanted: Callable[[Key], bool], call: int, calls: int) -> tuple[int, int]:

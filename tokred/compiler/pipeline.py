@@ -255,6 +255,10 @@ def _sparsify(
     parameters = {node.name: value for node, value in inputs}
     done = sparsify(gm, original, blocks, methods, options.calibration, parameters)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
+    copies = [n.meta["val"] for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
+    if copies:
+        size = sum(copy.numel() * copy.element_size() for copy in copies)
+        report.notes.append(f"{len(copies)} weights are kept a second time, neuron by neuron: {size / 2**20:.1f} MiB")
     return done
 
 

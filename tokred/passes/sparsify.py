@@ -1,4 +1,4 @@
-"""At each MLP and attention that the recipe names leave out what the method leaves out of the values that linears read."""
+"""At each MLP and attention that the recipe names leave out a part of the values that linears read, as the method says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tokred.compiler.record import record
 from tokred.compiler.report import Refusal
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
-from tokred.registry.neurons import Neurons, Sparsity
+from tokred.passes.skip_weights import Skipping, readable
+from tokred.registry.neurons import Neurons, Sparsity, Threshold
 
 __all__ = ["Sparsified", "sparsify"]
 
@@ -63,11 +64,12 @@ def sparsify(
             told = [site for site in told if not method.idle(site.place)]
             if told:
                 chosen += [(site, method) for site in told]
-                done.applied[block] = (method, "; ".join(_words(site, method, len(told)) for site in told))
+                said = [_words(site, method, parameters, len(told)) for site in told]
+                done.applied[block] = (method, "; ".join(said))
     for block in done.applied:
         done.refused.pop(block, None)
     if chosen:
-        _mask_all(done, gm, chosen)
+        _rewrite(done, gm, chosen, parameters)
     return done
 
 
@@ -116,19 +118,32 @@ def _told(
     return site.at(sketch=sketch)
 
 
-def _words(site: NeuronSite, method: Sparsity, of: int) -> str:
+def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int) -> str:
     words = method.words(site.place)
+    if _skips(method) and (reason := readable(site, parameters)):
+        words = f"{words} by masking: {reason}"
     return f"{site.place.role}: {words}" if of > 1 else words
 
 
-def _mask_all(done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSite, Sparsity]]) -> None:
+def _skips(method: Sparsity) -> bool:
+    """Whether weights are skipped where they can be; else all is computed and masked."""
+    return isinstance(method, Threshold) and method.phase == "decode"
+
+
+def _rewrite(
+    done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSite, Sparsity]], parameters: Mapping[str, Tensor]
+) -> None:
     """Write what was decided into a copy of the graph; a method that raises is refused there."""
     copy = copy_graph(gm)
     copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
-    changed = []
+    skipping = Skipping(copy.graph, copies, parameters)
+    changed: list[fx.Node] = []
     for site, method in chosen:
         try:
-            changed.append(_mask(copy.graph, copies, site, method))
+            if isinstance(method, Threshold) and _skips(method) and not readable(site, parameters):
+                changed += _skip(skipping, site, method)
+            else:
+                changed.append(_mask(copy.graph, copies, site, method))
         except Exception as error:
             text = str(error).strip().splitlines()
             where = f"{site.block.module} ({site.block.source})"
@@ -141,6 +156,20 @@ def _mask_all(done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSit
         copy.graph.eliminate_dead_code()
         copy.recompile()
         done.graph = copy
+
+
+def _skip(skipping: Skipping, site: NeuronSite, method: Threshold) -> list[fx.Node]:
+    """Let operators that skip weights compute what a threshold defines; returns what is new in the graph."""
+    place = site.place
+    threshold = method.threshold_at(place)
+    active = 1.0 if place.sketch is None else 1 - place.sketch.share(threshold)
+    if place.role != "gate":
+        return skipping.inputs(site.linears, threshold, active)
+    new = skipping.gated(site, threshold, active)
+    if new:
+        return new
+    masked = _mask(skipping.graph, skipping.copies, site, method)
+    return [masked, *skipping.inputs(site.block.outputs, 0.0, active)]  # type: ignore[union-attr]
 
 
 def _mask(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Sparsity) -> fx.Node:
