@@ -26,7 +26,9 @@ __all__ = ["calibrate"]
 log = logging.getLogger("tokred")
 
 
-def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, recipe: Any = None, progress: bool = True) -> Calibration:
+def calibrate(
+    model: torch.nn.Module, batches: Iterable[Any], *, recipe: Any = None, progress: bool = True
+) -> Calibration:
     """Measure, on sample data, what the sparse methods of a recipe need to know of a model.
 
     model     in eval mode; it is not changed, and runs uncompiled, without gradients
@@ -40,7 +42,9 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, recipe: Any = N
     `all_merge()` on the result. Raises CalibrationError where there is nothing to measure, or where it is no number.
     """
     if model.training:
-        raise CalibrationError("calibrate: the model is in training mode, and dropout would be measured; use model.eval()")
+        raise CalibrationError(
+            "calibrate: the model is in training mode, and dropout would be measured; use model.eval()"
+        )
     wanted = _wanted(recipe)
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=True)}
     meter = _Meter(wanted, names)
@@ -56,7 +60,9 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, recipe: Any = N
     found = meter.calibration(type(plain).__name__)
     if not found.sites:
         measured = "/".join(sorted(wanted))
-        raise CalibrationError(f"{type(plain).__name__} has no linear layers of MLPs or attentions to measure: {measured}")
+        raise CalibrationError(
+            f"{type(plain).__name__} has no linear layers of MLPs or attentions to measure: {measured}"
+        )
     found.check()
     return found
 

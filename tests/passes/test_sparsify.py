@@ -19,7 +19,9 @@ def run(model, inputs):
 def compiled(model, recipe, **options):
     torch.compiler.reset()
     tokred.reset()
-    return torch.compile(model, backend="tokred", fullgraph=True, options={"recipe": recipe, "lower": "eager", **options})
+    return torch.compile(
+        model, backend="tokred", fullgraph=True, options={"recipe": recipe, "lower": "eager", **options}
+    )
 
 
 def collected(model, modules, batches, *, inputs):

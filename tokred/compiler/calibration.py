@@ -99,7 +99,9 @@ class Calibration:
         for site in other.sites:
             own = self._found.get((site.values, site.parameters[0]))
             if own is None:
-                raise CalibrationError(f"only one of two calibrations measured {site.values!r} at {site.parameters[0]!r}")
+                raise CalibrationError(
+                    f"only one of two calibrations measured {site.values!r} at {site.parameters[0]!r}"
+                )
             own.merge(site.sketch)
 
     def all_merge(self, group: Any = None) -> None:
@@ -119,7 +121,7 @@ class Calibration:
 
     @staticmethod
     def load(path: str | Path) -> Calibration:
-        """Raises CalibrationError for a file that is missing, truncated, or holds something else or what is no number."""
+        """Raises CalibrationError for a file that is missing, truncated, of another kind, or holds what is no number."""
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:

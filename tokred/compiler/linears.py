@@ -1,4 +1,4 @@
-"""Linear layers as a model wrote them: whose parameters, in which orientation, and with a LoRA branch beside them or not."""
+"""Linear layers as a model wrote them: whose parameters, in which orientation, with or without a LoRA branch."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _lora(join: fx.Node, base: Any, branch: Any) -> Lora | None:
     down = linear_of(inner)
     if down is None or unwrapped(down.input) is not unwrapped(main.input) or not _is_low(down, main):
         return None
-    return Lora(join, main, down, up, scale, gate)  # type: ignore[arg-type]
+    return Lora(join, main, down, up, scale, gate)
 
 
 def _unscaled(node: fx.Node) -> tuple[fx.Node, Any]:

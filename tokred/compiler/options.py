@@ -60,7 +60,9 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None, *, co
     if isinstance(given.get("calibration"), (str, Path)):
         given["calibration"] = Calibration.load(given["calibration"])
     if not isinstance(given.get("calibration"), Calibration | None):
-        raise OptionError(f"option calibration={given['calibration']!r}: what tokred.calibrate returns, or a path to it")
+        raise OptionError(
+            f"option calibration={given['calibration']!r}: what tokred.calibrate returns, or a path to it"
+        )
     given["spans"] = _spans(given.get("spans", {}))
     if "passes" in given:
         chosen = (given["passes"],) if isinstance(given["passes"], str) else tuple(given["passes"])

@@ -242,7 +242,7 @@ def _sparsify(
     options: Options,
     report: GraphReport,
 ) -> Sparsified:
-    """What methods leave out of MLPs and linears, after tokens were reduced: `blocks` are those of the graph `exact`."""
+    """What methods leave out of MLPs and linears, after tokens were reduced. `blocks` are `exact`'s."""
     from tokred.passes.sparsify import Sparsified, sparsify
 
     methods = options.recipe.of(Sparsity)

@@ -126,7 +126,7 @@ def _show_rewritten(row: BlockReport, key: tuple[str, int, str], rewritten: Any,
 
 def _show_sparse(rows: list[BlockReport], sparse: Any) -> None:
     """What is left out of a block's weights, beside what became of its tokens."""
-    by_place = {(row.kind, row.layer, row.module): row for row in rows}
+    by_place = {(str(row.kind), row.layer, row.module): row for row in rows}
     for found, refused in ((sparse.applied, False), (sparse.refused, True)):
         for block, (method, said) in found.items():
             kind = "mlp" if isinstance(block, Mlp) else "attention"

@@ -23,6 +23,7 @@ from tokred.passes.indices import same_shape
 
 __all__ = ["Skipping", "readable"]
 
+
 def readable(site: NeuronSite, parameters: Mapping[str, Tensor]) -> str:
     """Why the weights at a site cannot be read in part, as half a sentence; "" if they can.
 
@@ -59,7 +60,8 @@ class Skipping:
         """
 
         def product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
-            return sparse_linear(x, weight_t, bias, _limit(x, threshold))
+            y: Tensor = sparse_linear(x, weight_t, bias, _limit(x, threshold))
+            return y
 
         return [
             self._replace(linear, product, (self._now(linear), self._columns(linear), self._node(linear.bias)), active)
@@ -67,7 +69,7 @@ class Skipping:
         ]
 
     def gated(self, site: NeuronSite, threshold: float, active: float) -> list[fx.Node]:
-        """Replace the last linear of a gated MLP, and what multiplies its gate, by one that computes open neurons alone.
+        """Replace the last linear of a gated MLP, and the one beside its gate, by one that computes open neurons alone.
 
         An empty list says that this cannot be, because the gate's factor or the product is needed elsewhere too (a LoRA
         branch reads or joins it): then mask the gate, and skip what is zero in the last linear.
@@ -83,7 +85,8 @@ class Skipping:
 
         def tail(act: Tensor, x: Tensor, up: Tensor, bias: Tensor | None, down_t: Tensor, down_bias: Any) -> Tensor:
             bias = None if bias is None else bias[start:stop]
-            return gated_tail(act, x, up[start:stop], bias, down_t, down_bias, _limit(act, threshold))
+            y: Tensor = gated_tail(act, x, up[start:stop], bias, down_t, down_bias, _limit(act, threshold))
+            return y
 
         operands = (self._node(gating.activated), self._now(up), self._rows(up), self._node(up.bias))
         return [self._replace(down, tail, (*operands, self._columns(down), self._node(down.bias)), active)]

@@ -1,4 +1,4 @@
-"""At each MLP and attention that the recipe names leave out a part of the values that linears read, as the method says."""
+"""At each MLP and attention that the recipe names leave out a part of what linears read, as the method says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of methods that compute fewer neurons of an MLP, or fewer input channels of a linear layer, for each token."""
+"""The base of methods that compute fewer neurons of an MLP, or fewer input channels of linears, for each token."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.method import Method, Reduction
+from tokred.registry.neurons import Sparsity
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.attention import check_attention, long_enough
 from tokred.testing.maps import check_plans
@@ -25,6 +26,7 @@ from tokred.testing.models import (
     check_model,
     check_type,
 )
+from tokred.testing.neurons import check_sparsity
 from tokred.testing.sites import places
 
 __all__ = ["check_method", "idle"]
@@ -52,6 +54,14 @@ def check_method(
       mask says the same as none
     - float32, bfloat16, float64; shared key heads; one sample, several, a dynamic number; finite gradients
 
+    A `Sparsity` instead:
+
+    - with `sparsity=0` nothing is left out, and the compiled model is bitwise the model; so it is on prompts while the
+      method means the decoding
+    - `masked` sets numbers to zero and leaves all others as they are; the same inputs give the same mask; a sample's
+      does not depend on its batch
+    - it acts in a small decoder with gated MLPs; float32, bfloat16, float64; finite gradients
+
     method         a method object, its class (then with default options), or a recipe string of one method
     model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
                    encoder and a small decoder with image tokens, for methods that need something these lack
@@ -60,6 +70,10 @@ def check_method(
     """
     subject = _one(method)
     nothing = idle(subject)
+    if isinstance(subject, Sparsity):
+        assert isinstance(nothing, Sparsity)
+        check_sparsity(subject, nothing)
+        return
     if isinstance(subject, AttentionRewrite):
         assert isinstance(nothing, AttentionRewrite)
         check_attention(subject, nothing)
@@ -130,13 +144,14 @@ def as_double(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def idle(method: AnyMethod) -> AnyMethod:
-    """The same method with options that remove nothing: `r=0`, `ratio=0`, `keep=1` or `coverage=0`; no `exit`."""
+    """The same method with options that remove nothing: `r=0`, `ratio=0`, `keep=1`, `coverage=0` or
+    `sparsity=0`; no `exit`."""
     names = {field.name for field in fields(method)}
-    options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit") if name in names}
-    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0)):
+    options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit", "threshold") if name in names}
+    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0), ("sparsity", 0.0)):
         if name in names:
             return replace(method, **options | {name: value})
-    lacks = "no option r, ratio or keep, nor coverage"
+    lacks = "no option r, ratio or keep, nor coverage or sparsity"
     raise AssertionError(f"{method.name} has {lacks}, by which it could be told to remove nothing")
 
 

@@ -13,8 +13,8 @@ from tokred.registry.register import register
 class Teal(Threshold):
     """Multiply, in every linear layer of attentions and MLPs, only the input channels that are larger than a threshold.
 
-    Liu, Ponnusamy, Cai, Guo, Kim, Athiwaratkun: "Training-Free Activation Sparsity in Large Language Models", ICLR 2025,
-    arXiv 2408.14690, definition 1: y = W S_t(x) with S_t(x) = x where |x| > t, else 0. Linears that share an input (q,
+    Liu, Ponnusamy, Cai, Guo, Kim, Athiwaratkun: "Training-Free Activation Sparsity in Large Language Models", 2024,
+    arXiv 2408.14690: y = W S_t(x) with S_t(x) = x where |x| > t, else 0. Linears that share an input (q,
     k and v; gate and up) share its threshold. t is the `sparsity` quantile of |x| over a calibration set; the released
     code takes it from a signed histogram and assumes a mean of zero. All layers have the same sparsity, as in the
     released kernels. LoRA branches read their whole input. Embeddings and the output head are left alone.
