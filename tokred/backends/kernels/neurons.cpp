@@ -4,8 +4,8 @@
 // float32, bfloat16 or float16, everything else is float32. Threads take equal shares of the active neurons, sum into
 // rows of their own, and add those up in order: the same result for the same number of threads.
 
+#include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -142,10 +142,13 @@ void run(const Problem& p, int threads) {
   thread_local std::vector<int32_t> indices;  // kept between calls: a fresh large block is paged in anew each time
   thread_local std::vector<float> partial;
   thread_local std::vector<int64_t> counts;
+  thread_local std::vector<uint16_t> nothing;  // a weight row, twice as long as needed for half types
   const int64_t cells = p.tokens * p.width;
   if ((int64_t)indices.size() < 2 * p.neurons) indices.resize(2 * p.neurons);
   if ((int64_t)partial.size() < threads * cells) partial.resize(threads * cells);
   if ((int64_t)counts.size() < threads) counts.resize(threads);
+  if ((int64_t)nothing.size() < 2 * std::max(p.width, p.channels)) nothing.resize(2 * std::max(p.width, p.channels));
+  const T* const zeros = (const T*)nothing.data();
   int32_t *const scattered = indices.data(), *const list = scattered + p.neurons;
   float* const sums = partial.data();
   int64_t* const found = counts.data();
@@ -178,13 +181,14 @@ void run(const Problem& p, int threads) {
       const T *down[AT_ONCE], *up[AT_ONCE];
       float share[TOKENS][AT_ONCE], added[AT_ONCE];
       for (int r = 0; r < AT_ONCE; ++r) {
-        const int64_t f = list[i + r < end ? i + r : i];  // behind the end a row is met again and counts nothing
-        down[r] = (const T*)p.down + f * p.down_stride;
-        up[r] = (const T*)p.up + f * p.up_stride;
+        const bool is_there = i + r < end;
+        const int64_t f = list[is_there ? i + r : i];
+        down[r] = is_there ? (const T*)p.down + f * p.down_stride : zeros;
+        up[r] = is_there ? (const T*)p.up + f * p.up_stride : zeros;
         added[r] = p.up_bias ? p.up_bias[f] : 0;
         for (int64_t m = 0; m < p.tokens; ++m) {
           const float value = p.act[m * p.neurons + f];
-          share[m][r] = i + r < end && active(value, p.threshold) ? value : 0;
+          share[m][r] = is_there && active(value, p.threshold) ? value : 0;
         }
       }
       if (p.x) {

@@ -215,7 +215,7 @@ sparse_linear = torch.ops.tokred.sparse_linear.default
     threshold  one number, read when the operator runs; 0 leaves out exact zeros, as those of ReLU, and nothing else
 
 All of one type but the threshold. Sums are in float32, or float64 for float64. A weight that is infinite or NaN counts
-for active neurons alone. Raises ValueError for sizes or types that do not go together.
+where some token needs its neuron. Raises ValueError for sizes or types that do not go together.
 """
 
 gated_tail = torch.ops.tokred.gated_tail.default
