@@ -4,8 +4,8 @@
 // float32, bfloat16 or float16, everything else is float32. Threads take equal shares of the active neurons, sum into
 // rows of their own, and add those up in order: the same result for the same number of threads.
 
+#include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int LANES = 8, AT_ONCE = 4, TOKENS = 8;  // of a vector; neurons in one pass over the sums; at most
+constexpr int LANES = 8, AT_ONCE = 8, TOKENS = 8;  // of a vector; neurons in one pass over the sums; at most
 
 // Vectors may lie anywhere in arrays of other types; a cast between two of one size keeps the bits.
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -55,58 +55,72 @@ inline Floats load_some(const T* from, int64_t count) {  // fewer than a vector 
 
 inline bool active(float value, float threshold) { return !(std::fabs(value) <= threshold); }  // NaN is
 
+// sums[d] += sum_r share[r] * rows[r][d]; the rows are met once, so the sums are what goes in and out of registers
+template <class T>
+inline int64_t add_rows_once(float* sums, int64_t width, const T* const* rows, const float* share) {
+  Floats by[AT_ONCE];
+#pragma GCC unroll 8
+  for (int r = 0; r < AT_ONCE; ++r) by[r] = share[r] - Floats{};
+  int64_t d = 0;
+  for (; d + 4 * LANES <= width; d += 4 * LANES) {
+    Floats* const to = reinterpret_cast<Floats*>(sums + d);
+    Floats sum[4] = {to[0], to[1], to[2], to[3]};
+#pragma GCC unroll 8
+    for (int r = 0; r < AT_ONCE; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] += by[r] * load(rows[r] + d + v * LANES);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) to[v] = sum[v];
+  }
+  return d;
+}
+
 // sums[m][d] += sum_r share[m][r] * rows[r][d]
 template <class T>
-inline void add_rows(float* sums, int64_t tokens, int64_t width, const T* const* rows, const T* const* next,
-                     const float (*share)[AT_ONCE]) {
-  int64_t d = 0;
-  for (; d + 2 * LANES <= width; d += 2 * LANES) {
-    Floats low[AT_ONCE], high[AT_ONCE];
-#pragma GCC unroll 4
-    for (int r = 0; r < AT_ONCE; ++r) {
-      __builtin_prefetch(next[r] + d, 0, 2);
-      low[r] = load(rows[r] + d), high[r] = load(rows[r] + d + LANES);
-    }
+inline void add_rows(float* sums, int64_t tokens, int64_t width, const T* const* rows, const float (*share)[AT_ONCE]) {
+  int64_t d = tokens == 1 ? add_rows_once(sums, width, rows, share[0]) : 0;
+  for (; d + LANES <= width; d += LANES) {
+    Floats row[AT_ONCE];
+#pragma GCC unroll 8
+    for (int r = 0; r < AT_ONCE; ++r) row[r] = load(rows[r] + d);
     for (int64_t m = 0; m < tokens; ++m) {
-      Floats* to = reinterpret_cast<Floats*>(sums + m * width + d);
-      Floats first = to[0], second = to[1];
+      Floats* const to = reinterpret_cast<Floats*>(sums + m * width + d);
+      Floats even = *to, odd = {};
 #pragma GCC unroll 4
-      for (int r = 0; r < AT_ONCE; ++r) first += share[m][r] * low[r], second += share[m][r] * high[r];
-      to[0] = first, to[1] = second;
+      for (int r = 0; r < AT_ONCE; r += 2) even += share[m][r] * row[r], odd += share[m][r + 1] * row[r + 1];
+      *to = even + odd;
     }
   }
-  for (; d < width; d += LANES) {
-    const int64_t count = width - d < LANES ? width - d : LANES;
-    for (int64_t m = 0; m < tokens; ++m) {
-      Floats sum = load_some(sums + m * width + d, count);
-      for (int r = 0; r < AT_ONCE; ++r) sum += share[m][r] * load_some(rows[r] + d, count);
-      std::memcpy(sums + m * width + d, &sum, count * sizeof(float));
-    }
+  for (int64_t m = 0; m < tokens && d < width; ++m) {
+    Floats sum = load_some(sums + m * width + d, width - d);
+    for (int r = 0; r < AT_ONCE; ++r) sum += share[m][r] * load_some(rows[r] + d, width - d);
+    std::memcpy(sums + m * width + d, &sum, (width - d) * sizeof(float));
   }
 }
 
-// products[m][r] = <rows[r], x[m]> for M tokens, whose sums stay in registers
-template <class T, int M>
-inline void multiply(float (*products)[AT_ONCE], int64_t width, const T* const* rows, const T* const* next,
-                     const float* x) {
-  Floats sums[M][AT_ONCE] = {};
+// products[m AT_ONCE + r] = <rows[r], x[m]> for M tokens and R rows, the sums of which stay in registers
+template <int M, int R, class T>
+inline void multiply(float* products, int64_t width, const T* const* rows, const float* x) {
+  Floats sums[M][R] = {};
   int64_t c = 0;
-  for (; c + LANES <= width; c += LANES)
-#pragma GCC unroll 4
-    for (int r = 0; r < AT_ONCE; ++r) {
-      __builtin_prefetch(next[r] + c, 0, 2);
+  for (; c + LANES <= width; c += LANES) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
       const Floats row = load(rows[r] + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int m = 0; m < M; ++m) sums[m][r] += row * load(x + m * width + c);
     }
-#pragma GCC unroll 4
-  for (int r = 0; r < AT_ONCE; ++r)
-#pragma GCC unroll 4
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int m = 0; m < M; ++m) {
       if (c < width) sums[m][r] += load_some(rows[r] + c, width - c) * load_some(x + m * width + c, width - c);
-      products[m][r] = 0;
-      for (int lane = 0; lane < LANES; ++lane) products[m][r] += sums[m][r][lane];
+      products[m * AT_ONCE + r] = 0;
+      for (int lane = 0; lane < LANES; ++lane) products[m * AT_ONCE + r] += sums[m][r][lane];
     }
+  }
 }
 
 struct Problem {
@@ -128,10 +142,13 @@ void run(const Problem& p, int threads) {
   thread_local std::vector<int32_t> indices;  // kept between calls: a fresh large block is paged in anew each time
   thread_local std::vector<float> partial;
   thread_local std::vector<int64_t> counts;
+  thread_local std::vector<uint16_t> nothing;  // a weight row, twice as long as needed for half types
   const int64_t cells = p.tokens * p.width;
   if ((int64_t)indices.size() < 2 * p.neurons) indices.resize(2 * p.neurons);
   if ((int64_t)partial.size() < threads * cells) partial.resize(threads * cells);
   if ((int64_t)counts.size() < threads) counts.resize(threads);
+  if ((int64_t)nothing.size() < 2 * std::max(p.width, p.channels)) nothing.resize(2 * std::max(p.width, p.channels));
+  const T* const zeros = (const T*)nothing.data();
   int32_t *const scattered = indices.data(), *const list = scattered + p.neurons;
   float* const sums = partial.data();
   int64_t* const found = counts.data();
@@ -161,28 +178,31 @@ void run(const Problem& p, int threads) {
 
     const int64_t end = start(total, own + 1);
     for (int64_t i = start(total, own); i < end; i += AT_ONCE) {
-      const T *down[AT_ONCE], *next_down[AT_ONCE], *up[AT_ONCE], *next_up[AT_ONCE];
+      const T *down[AT_ONCE], *up[AT_ONCE];
       float share[TOKENS][AT_ONCE], added[AT_ONCE];
       for (int r = 0; r < AT_ONCE; ++r) {
-        const int64_t f = list[i + r < end ? i + r : i], next = list[i + r + AT_ONCE < end ? i + r + AT_ONCE : i];
-        down[r] = (const T*)p.down + f * p.down_stride, next_down[r] = (const T*)p.down + next * p.down_stride;
-        up[r] = (const T*)p.up + f * p.up_stride, next_up[r] = (const T*)p.up + next * p.up_stride;
+        const bool is_there = i + r < end;
+        const int64_t f = list[is_there ? i + r : i];
+        down[r] = is_there ? (const T*)p.down + f * p.down_stride : zeros;
+        up[r] = is_there ? (const T*)p.up + f * p.up_stride : zeros;
         added[r] = p.up_bias ? p.up_bias[f] : 0;
         for (int64_t m = 0; m < p.tokens; ++m) {
-          const float value = p.act[m * p.neurons + f];  // behind the end a row is read again and counts nothing
-          share[m][r] = i + r < end && active(value, p.threshold) ? value : 0;
+          const float value = p.act[m * p.neurons + f];
+          share[m][r] = is_there && active(value, p.threshold) ? value : 0;
         }
       }
       if (p.x) {
         float dot[TOKENS][AT_ONCE];
         int64_t m = 0;
-        for (; m + 2 <= p.tokens; m += 2) multiply<T, 2>(dot + m, p.channels, up, next_up, p.x + m * p.channels);
-        if (m < p.tokens) multiply<T, 1>(dot + m, p.channels, up, next_up, p.x + m * p.channels);
+        for (; m + 2 <= p.tokens; m += 2)
+          for (int r = 0; r < AT_ONCE; r += 4)
+            multiply<2, 4>(dot[m] + r, p.channels, up + r, p.x + m * p.channels);
+        if (m < p.tokens) multiply<1, AT_ONCE>(dot[m], p.channels, up, p.x + m * p.channels);
         for (m = 0; m < p.tokens; ++m)
           for (int r = 0; r < AT_ONCE; ++r)
             if (share[m][r] != 0) share[m][r] *= dot[m][r] + added[r];
       }
-      add_rows(sum, p.tokens, p.width, down, next_down, share);
+      add_rows(sum, p.tokens, p.width, down, share);
     }
 #pragma omp barrier
 

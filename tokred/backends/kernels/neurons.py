@@ -71,10 +71,14 @@ def _native() -> Any:
     return function
 
 
+def _few(x: Tensor) -> bool:
+    return 0 < x.numel() <= TOKENS * x.shape[-1]
+
+
 def _kernel(act: Tensor, *weights: Tensor) -> Any:
     """The function of neurons.cpp if it takes these: up to eight tokens, types that it knows, contiguous rows."""
     known = all(w.dtype in TYPES and w.stride(1) == 1 and w.numel() for w in weights)
-    return _native() if known and 0 < act.numel() <= TOKENS * act.shape[-1] else None
+    return _native() if known and act.device.type == "cpu" and _few(act) else None
 
 
 def _launch(
@@ -91,15 +95,16 @@ def _launch(
     assert own is not None
     neurons, width = down.shape
     tokens = own.numel() // neurons
-    y = torch.empty(*act.shape[:-1], width, dtype=torch.float32)
+    y = torch.empty((*act.shape[:-1], width), dtype=torch.float32)
     channels, stride = (0, 0) if up is None else (up.shape[1], up.stride(0))
     threads = min(torch.get_num_threads(), 1 + tokens * neurons * (width + channels) // WORK)
-    pointers = [None if v is None else v.data_ptr() for v in (own, values, up, added, down, start, y)]
     kernel(
-        pointers[0], tokens, neurons, threshold.item(), pointers[1], pointers[2], stride, channels, pointers[3],
-        pointers[4], down.stride(0), width, pointers[5], pointers[6], TYPES[down.dtype], threads,
+        own.data_ptr(), tokens, neurons, threshold.item(),
+        None if values is None else values.data_ptr(), None if up is None else up.data_ptr(), stride, channels,
+        None if added is None else added.data_ptr(), down.data_ptr(), down.stride(0), width,
+        None if start is None else start.data_ptr(), y.data_ptr(), TYPES[down.dtype], threads,
     )  # fmt: skip
-    return y.to(act.dtype)
+    return y if act.dtype == torch.float32 else y.to(act.dtype)
 
 
 def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,26 +125,14 @@ def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
 # -- the operators ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tokred::sparse_linear", mutates_args=())
-def sparse_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
-    """S_t(x) weight_t + bias, where S_t keeps |x| > t: weight rows that no token needs are not read. [.. D].
-
-    x          [.. F]
-    weight_t   [F D], of the type of `x`: the neuron-major copy of a linear's weight, see tokred.compiler.relaid
-    bias       [D] or None
-    threshold  one number, read when the operator runs; 0 leaves out exact zeros, as those of ReLU, and nothing else
-
-    Sums are in float32, or float64 for float64. A weight that is infinite or NaN counts for active neurons alone.
-    Raises ValueError for sizes or types that do not go together.
-    """
-    _check("sparse_linear", threshold, {"x": x, "weight_t": weight_t, "bias": bias}, weight_t.shape)
+def _sparse_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+    _check("sparse_linear", x, weight_t, bias, threshold)
     if kernel := _kernel(x, weight_t):
         return _launch(kernel, x, None, None, None, weight_t, bias, threshold)
     return _product(active(x, threshold), weight_t, bias)
 
 
-@torch.library.custom_op("tokred::gated_tail", mutates_args=())
-def gated_tail(
+def _gated_tail(
     act: Tensor,
     x: Tensor,
     up: Tensor,
@@ -148,7 +141,85 @@ def gated_tail(
     down_bias: Tensor | None,
     threshold: Tensor,
 ) -> Tensor:
-    """The rest of a gated MLP behind its gate: (S_t(act) * (x up^T + up_bias)) down_t + down_bias, [.. D].
+    _check("gated_tail", act, down_t, down_bias, threshold)
+    _check_up(act, x, up, up_bias)
+    if kernel := _kernel(act, up, down_t):
+        return _launch(kernel, act, x, up, up_bias, down_t, down_bias, threshold)
+    return _product(active(act, threshold) * linear(x, up, up_bias), down_t, down_bias)
+
+
+def _check(name: str, act: Tensor, down: Tensor, bias: Tensor | None, threshold: Tensor) -> None:
+    """Kernels trust what they are given: with sizes that do not fit they would read beside a tensor."""
+    fits = down.dim() == 2 and act.shape[-1:] == down.shape[:1] and (bias is None or bias.shape == down.shape[1:])
+    if not fits or threshold.numel() != 1 or act.dtype != down.dtype or (bias is not None and bias.dtype != act.dtype):
+        given = [f"{tuple(v.shape)} {v.dtype}" for v in (act, down, bias, threshold) if v is not None]
+        raise ValueError(f"{name}: [.. F], [F D], bias [D] and a single threshold, of one type, not {', '.join(given)}")
+
+
+def _check_up(act: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> None:
+    fits = up.shape == (act.shape[-1], x.shape[-1]) and x.shape[:-1] == act.shape[:-1]
+    one = act.dtype == x.dtype == up.dtype and (bias is None or bias.dtype == act.dtype)
+    if not fits or not one or (bias is not None and bias.shape != up.shape[:1]):
+        given = [f"{tuple(v.shape)} {v.dtype}" for v in (act, x, up, bias) if v is not None]
+        raise ValueError(f"gated_tail: [.. F], [.. C], [F C] and bias [F], of one type, not {', '.join(given)}")
+
+
+def _sparse_linear_on_cuda(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+    from tokred.backends.kernels import neurons_triton  # Triton comes with torch where there is CUDA
+
+    _check("sparse_linear", x, weight_t, bias, threshold)
+    if not _few(x):
+        return _product(active(x, threshold), weight_t, bias)
+    return neurons_triton.sparse_linear(x, weight_t, bias, threshold).to(x.dtype)
+
+
+def _gated_tail_on_cuda(
+    act: Tensor,
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down_t: Tensor,
+    down_bias: Tensor | None,
+    threshold: Tensor,
+) -> Tensor:
+    from tokred.backends.kernels import neurons_triton
+
+    _check("gated_tail", act, down_t, down_bias, threshold)
+    _check_up(act, x, up, up_bias)
+    if not _few(act):
+        return _product(active(act, threshold) * linear(x, up, up_bias), down_t, down_bias)
+    return neurons_triton.gated_tail(act, x, up, up_bias, down_t, down_bias, threshold).to(act.dtype)
+
+
+# Not custom_op: what that adds to each call, 20 microseconds here, is a twentieth of a decoding step of a small model.
+_library = torch.library.Library("tokred", "FRAGMENT")
+_SCHEMAS = {
+    "sparse_linear": "(Tensor x, Tensor weight_t, Tensor? bias, Tensor threshold) -> Tensor",
+    "gated_tail": "(Tensor act, Tensor x, Tensor up, Tensor? up_bias, Tensor down_t, Tensor? down_bias, "
+    "Tensor threshold) -> Tensor",
+}
+for _name, _function, _cuda in (
+    ("sparse_linear", _sparse_linear, _sparse_linear_on_cuda),
+    ("gated_tail", _gated_tail, _gated_tail_on_cuda),
+):
+    _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _library.impl(_name, _cuda, "CUDA")
+
+sparse_linear = torch.ops.tokred.sparse_linear.default
+"""S_t(x) weight_t + bias, where S_t keeps |x| > t: weight rows that no token needs are not read. [.. D].
+
+    x          [.. F]
+    weight_t   [F D]: the neuron-major copy of a linear's weight, see tokred.compiler.relaid
+    bias       [D] or None
+    threshold  one number, read when the operator runs; 0 leaves out exact zeros, as those of ReLU, and nothing else
+
+All of one type but the threshold. Sums are in float32, or float64 for float64. A weight that is infinite or NaN counts
+where some token needs its neuron. Raises ValueError for sizes or types that do not go together.
+"""
+
+gated_tail = torch.ops.tokred.gated_tail.default
+"""The rest of a gated MLP behind its gate: (S_t(act) * (x up^T + up_bias)) down_t + down_bias, [.. D].
 
     act        [.. F], the gate behind its activation; S_t keeps |act| > t
     x          [.. C], what entered the MLP
@@ -158,48 +229,18 @@ def gated_tail(
     down_bias  [D] or None
     threshold  one number, read when the operator runs
 
-    Rows of `up` and `down_t` that no token needs are not read; nothing is rounded to a lower type on the way.
-    Raises ValueError for sizes or types that do not go together.
-    """
-    tensors = {"act": act, "x": x, "up": up, "up_bias": up_bias, "down_t": down_t, "down_bias": down_bias}
-    _check("gated_tail", threshold, tensors, down_t.shape)
-    if kernel := _kernel(act, up, down_t):
-        return _launch(kernel, act, x, up, up_bias, down_t, down_bias, threshold)
-    return _product(active(act, threshold) * linear(x, up, up_bias), down_t, down_bias)
+Rows of `up` and `down_t` that no token needs are not read; nothing is rounded to a lower type on the way.
+All of one type but the threshold. Raises ValueError for sizes or types that do not go together.
+"""
 
 
-def _check(name: str, threshold: Tensor, tensors: dict[str, Tensor | None], down: torch.Size) -> None:
-    """Kernels trust what they are given: what does not fit would read beside a tensor."""
-    given = {key: tuple(v.shape) for key, v in tensors.items() if v is not None}
-    first = next(iter(given))
-    *lead, _ = given[first]
-    wanted = {first: (*lead, down[0]), "bias": down[1:], "down_bias": down[1:], "up_bias": down[:1]}
-    if "up" in given:
-        wanted |= {"up": (down[0], given["x"][-1]), "x": (*lead, given["x"][-1])}
-    wrong = {key: shape for key, shape in given.items() if shape != tuple(wanted.get(key, shape))}
-    if wrong or len(down) != 2:
-        raise ValueError(f"{name}: sizes do not go together: {given}")
-    if threshold.numel() != 1:
-        raise ValueError(f"{name}: the threshold is one number, this has {threshold.numel()}")
-    if len(types := {v.dtype for v in tensors.values() if v is not None}) > 1:
-        raise ValueError(f"{name}: tensors of several types: {', '.join(map(str, types))}")
-
-
-@sparse_linear.register_fake
+@torch.library.register_fake("tokred::sparse_linear", lib=_library)
 def _(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
 
 
-@gated_tail.register_fake
-def _(
-    act: Tensor,
-    x: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down_t: Tensor,
-    down_bias: Tensor | None,
-    threshold: Tensor,
-) -> Tensor:
+@torch.library.register_fake("tokred::gated_tail", lib=_library)
+def _(act: Tensor, x: Tensor, up: Tensor, up_bias: Any, down_t: Tensor, down_bias: Any, threshold: Tensor) -> Tensor:
     return act.new_empty((*act.shape[:-1], down_t.shape[1]))
 
 
@@ -231,5 +272,5 @@ def _gated_tail_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return by_hidden * u * kept.ne(0), by_u @ up, _flat(by_u).T @ _flat(x), biases[0], by_down, biases[1], None
 
 
-sparse_linear.register_autograd(_sparse_linear_backward, setup_context=_keep)
-gated_tail.register_autograd(_gated_tail_backward, setup_context=_keep)
+for _name, _backward in (("sparse_linear", _sparse_linear_backward), ("gated_tail", _gated_tail_backward)):
+    torch.library.register_autograd(f"tokred::{_name}", _backward, setup_context=_keep, lib=_library)
