@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.decoders.models import SIZES
 
-__all__ = ["GATED", "MODELS", "example", "gates", "linears", "made", "masking"]
+__all__ = ["GATED", "MODELS", "TWO", "example", "gates", "linears", "made", "masking"]
 
 TWO: dict[str, Any] = SIZES | {"num_hidden_layers": 2}
 ENCODER: dict[str, Any] = {

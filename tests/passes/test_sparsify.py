@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import tokred
-from tests.passes.sparse_models import GATED, MODELS, example, gates, linears, made, masking
+from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking
 from tokred.calibrate import calibrate
 
 MEASURED = 1e-9  # relative to the outputs, in float64
@@ -138,3 +139,12 @@ def test_a_method_without_its_calibration_is_refused():
     refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
     assert {refusal.code for refusal in refusals} == {"no-calibration"}
     assert "tokred.calibrate(model, batches, recipe='teal')" in refusals[0].reason
+
+
+def test_routed_experts_are_named_and_refused():
+    sizes = TWO | {"num_hidden_layers": 1, "num_local_experts": 4}
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes)).eval()
+    run(compiled(model, "cats(threshold=0.1, phase='masked')"), example("llama"))
+    (row,) = [block for block in tokred.reports().graphs[0].blocks if block.kind == "mlp"]
+    assert (row.form, row.refusal.code) == ("experts", "experts")
+    assert row.module == "model.layers.0.mlp.experts"

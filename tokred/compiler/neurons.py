@@ -9,12 +9,12 @@ from typing import Any
 from torch import fx
 
 from tokred.compiler.blocks import Attention, Blocks, Mlp
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.capture import module_path, source_line, tensor_meta
 from tokred.compiler.causal import is_causal
 from tokred.compiler.linears import Linear, attention_linears, find_loras
 from tokred.registry.neurons import Neurons
 
-__all__ = ["NeuronSite", "decodes", "find_neurons", "prompts"]
+__all__ = ["NeuronSite", "decodes", "find_experts", "find_neurons", "prompts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,43 @@ def _reading(block: Mlp | Attention, linears: list[Linear], role: str, depth: in
     for values, group in groups.items():
         place = Neurons(block.layer, depth, block.module, role, _size(values, group[0].channel))
         yield NeuronSite(block, values, tuple(group), "input", place)
+
+
+def find_experts(gm: fx.GraphModule) -> list[Mlp]:
+    """MLPs of routed experts: two grouped products with stacked weights, and element-wise ops between them.
+
+    They are named, so that what is asked of them can be refused; no method acts on them.
+    """
+    grouped = [node for node in gm.graph.nodes if _groups(node)]
+    found: list[Mlp] = []
+    for node in grouped:
+        first = _grouped_before(node.all_input_nodes[0])
+        if first is not None:
+            place = (len(found), module_path(node), source_line(node))
+            found.append(Mlp(node, [first], "experts", *place, tokens=_size(node, 0)))
+    return found
+
+
+def _groups(node: fx.Node) -> bool:
+    """A product of rows in groups, each with a weight of its own: [M I], [E I O], [E] -> [M O]."""
+    metas = [tensor_meta(source) for source in node.all_input_nodes]
+    ranks = [meta.dim() for meta in metas if meta is not None]
+    return "grouped_mm" in str(node.target) and ranks[:3] == [2, 3, 1]
+
+
+def _grouped_before(node: fx.Node) -> fx.Node | None:
+    """The nearest grouped product that a value is computed from, through element-wise ops and splits."""
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop()
+        if _groups(current):
+            return current
+        rows = tensor_meta(current)
+        if rows is not None and rows.dim() < 2:
+            continue
+        queue += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
+    return None
 
 
 def _size(node: fx.Node, channel: int) -> Any:

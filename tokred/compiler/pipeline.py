@@ -133,7 +133,7 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    sparse = _sparsify(rewritten.graph, graph, original, blocks, example_inputs, options, report)
+    sparse = _sparsify(rewritten.graph, graph, original, blocks, example_inputs, options, report, gate)
     if options.recipe.of(Sparsity):
         observe("sparsify", sparse.graph)
     exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
@@ -241,6 +241,7 @@ def _sparsify(
     example_inputs: list[Any],
     options: Options,
     report: GraphReport,
+    gate: Gate,
 ) -> Sparsified:
     """What methods leave out of MLPs and linears, after tokens were reduced. `blocks` are `exact`'s."""
     from tokred.passes.sparsify import Sparsified, sparsify
@@ -253,7 +254,7 @@ def _sparsify(
         blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
     inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
     parameters = {node.name: value for node, value in inputs}
-    done = sparsify(gm, original, blocks, methods, options.calibration, parameters)
+    done = sparsify(gm, original, blocks, methods, options.calibration, parameters, gate=gate)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
     copies = [n.meta["val"] for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
     if copies:

@@ -66,8 +66,9 @@ def summarize(
         _show_rewritten(row, _identity(block), rewritten, reduced)
     rows = [(place[block.anchor], row) for block, row in attentions]
     rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
-    _show_sparse([row for _, row in rows], sparse)
-    report.blocks += [row for _, row in sorted(rows, key=itemgetter(0))]
+    shown = [row for _, row in sorted(rows, key=itemgetter(0))]
+    _show_sparse(shown, sparse)
+    report.blocks += shown
     report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
 
 
@@ -131,8 +132,11 @@ def _show_sparse(rows: list[BlockReport], sparse: Any) -> None:
         for block, (method, said) in found.items():
             kind = "mlp" if isinstance(block, Mlp) else "attention"
             row = by_place.get((kind, block.layer, block.module))
-            if row is None:
-                continue
+            if row is None:  # experts, which no exact pass and no method for tokens knows
+                row = BlockReport(
+                    "mlp", block.layer, block.module, (_show(block.tokens),) * 2, block.form, block.source
+                )
+                rows.append(row)
             if not refused:
                 row.method = str(method) if row.method is None or row.refusal else f"{row.method} + {method}"
                 row.note, row.refusal = "; ".join(part for part in (row.note, said) if part), None

@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.calibration import Calibration
 from tokred.compiler.capture import tensor_meta
-from tokred.compiler.neurons import NeuronSite, decodes, find_neurons, prompts
+from tokred.compiler.cost import Gate, Skipped
+from tokred.compiler.linears import linear_of
+from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neurons, prompts
 from tokred.compiler.record import record
 from tokred.compiler.report import Refusal
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
@@ -41,12 +43,15 @@ def sparsify(
     methods: tuple[Sparsity, ...],
     calibration: Calibration | None,
     parameters: Mapping[str, Tensor],
+    *,
+    gate: Gate,
 ) -> Sparsified:
     """Mask values where the methods say so; the first method that acts on a block has it to itself.
 
     original     the model as the user wrote it, which says whether this graph decodes
     blocks       those of `gm`, with their layers' numbers in the model
     parameters   by the names of the graph's placeholders
+    gate         what skipping weights is worth, and whether that is asked
     """
     done = Sparsified(gm)
     chosen: list[tuple[NeuronSite, Sparsity]] = []
@@ -63,11 +68,23 @@ def sparsify(
             told = [_told(site, method, calibration, parameters, gm) for site in mine]
             told = [site for site in told if not method.idle(site.place)]
             if told:
-                chosen += [(site, method) for site in told]
                 said = [_words(site, method, parameters, len(told)) for site in told]
-                done.applied[block] = (method, "; ".join(said))
+                skipped = [_skipped(site, method) for site in told if _skips(method) and not readable(site, parameters)]
+                note, refusal = gate.neurons(block, skipped)
+                if refusal is not None:
+                    done.refused.setdefault(block, (method, refusal))
+                    continue
+                chosen += [(site, method) for site in told]
+                done.applied[block] = (method, "; ".join([*said, note] if note else said))
     for block in done.applied:
         done.refused.pop(block, None)
+    for mlp in find_experts(gm):
+        for method in methods:
+            if {"gate", "up", "down"} & set(method.acts_at) and method.acts_on(mlp.layer, 0, mlp.module):
+                reason = (
+                    "each token has experts of its own, whose weights lie stacked: no operator skips parts of these"
+                )
+                done.refused.setdefault(mlp, (method, Refusal("experts", reason, _where(mlp))))
     if chosen:
         _rewrite(done, gm, chosen, parameters)
     return done
@@ -84,7 +101,7 @@ def _unfit(
     block: Block, method: Sparsity, sites: list[NeuronSite], original: Blocks, calibration: Calibration | None
 ) -> Refusal | None:
     """Why a method has nothing to do here; None if it has."""
-    where = f"{block.module} ({block.source})" if block.module else block.source
+    where = _where(block)
     if not sites and isinstance(block, Mlp) and "gate" in method.acts_at:
         return Refusal("not-gated", f"{method.name} thresholds the gate of an MLP, and this one has none", where)
     if not sites:
@@ -99,6 +116,10 @@ def _unfit(
         how = f"calibration=tokred.calibrate(model, batches, recipe={method.name!r})"
         return Refusal("no-calibration", f"{method.name} takes its thresholds from a calibration: {how}", where)
     return None
+
+
+def _where(block: Block) -> str:
+    return f"{block.module} ({block.source})" if block.module else block.source
 
 
 def _told(
@@ -125,6 +146,26 @@ def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor],
     return f"{site.place.role}: {words}" if of > 1 else words
 
 
+def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
+    """What a method leaves unread at a site, if what a calibration found holds."""
+    values = tensor_meta(site.values)
+    assert values is not None and isinstance(method, Threshold)
+    linears = list(site.linears)
+    if site.place.role == "gate" and isinstance(site.block, Mlp) and site.block.gating is not None:
+        up = linear_of(site.block.gating.up.linear)
+        linears = [*site.block.outputs, *([] if up is None else [up])]
+    weights = [meta for linear in linears if (meta := tensor_meta(linear.weight)) is not None]
+    sizes = [weight.numel() for weight in weights]
+    if site.place.role == "gate" and site.block.form == "packed":
+        sizes[-1] //= 2
+    return Skipped(values, sum(sizes), len(linears), _active(site, method))
+
+
+def _active(site: NeuronSite, method: Threshold) -> float:
+    sketch = site.place.sketch
+    return 1.0 if sketch is None else 1 - sketch.share(method.threshold_at(site.place))
+
+
 def _skips(method: Sparsity) -> bool:
     """Whether weights are skipped where they can be; else all is computed and masked."""
     return isinstance(method, Threshold) and method.phase == "decode"
@@ -146,9 +187,8 @@ def _rewrite(
                 changed.append(_mask(copy.graph, copies, site, method))
         except Exception as error:
             text = str(error).strip().splitlines()
-            where = f"{site.block.module} ({site.block.source})"
             reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
-            done.refused[site.block] = (method, Refusal("method-raised", reason, where))
+            done.refused[site.block] = (method, Refusal("method-raised", reason, _where(site.block)))
             done.applied.pop(site.block, None)
     if changed:
         refresh(copy.graph, changed)
@@ -162,7 +202,7 @@ def _skip(skipping: Skipping, site: NeuronSite, method: Threshold) -> list[fx.No
     """Let operators that skip weights compute what a threshold defines; returns what is new in the graph."""
     place = site.place
     threshold = method.threshold_at(place)
-    active = 1.0 if place.sketch is None else 1 - place.sketch.share(threshold)
+    active = _active(site, method)
     if place.role != "gate":
         return skipping.inputs(site.linears, threshold, active)
     new = skipping.gated(site, threshold, active)

@@ -16,7 +16,7 @@ NOT_FINITE = 255 << 7  # from this bin on numbers are infinite, or none
 
 
 def edge(number: int) -> float:
-    """The least magnitude in a bin: a bfloat16, so that a threshold means the same in all types of as many exponents."""
+    """The least magnitude in a bin: a bfloat16, so that a threshold means the same in most types."""
     return float(np.uint32(number << 16).view(np.float32))
 
 
