@@ -121,7 +121,7 @@ class Calibration:
 
     @staticmethod
     def load(path: str | Path) -> Calibration:
-        """Raises CalibrationError for a file that is missing, truncated, of another kind, or holds what is no number."""
+        """Raises CalibrationError for a file that is missing, truncated, of another kind, or with NaN in it."""
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:
