@@ -103,6 +103,7 @@ def _transform(
 ) -> Compiled:
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.reduce_tokens import reduce_tokens
+    from tokred.passes.relu_exact import relu_exact
     from tokred.passes.rewrite_attention import rewrite_attention
 
     observe("dynamo", gm)
@@ -138,13 +139,19 @@ def _transform(
         observe("sparsify", sparse.graph)
     exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
+    if options.exact:
+        unskipped, graph = graph, _timed("relu_exact", True, partial(relu_exact, inputs=example_inputs), graph, report)
+        if graph is not unskipped:
+            observe("relu_exact", graph)
 
     summarize(report, captured, original, blocks, axes, reduced, rewritten, sparse, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report, reduced, rewritten, sparse)
-    packing = _pack(exact if options.recipe.methods else graph, options, report)  # a recipe's own masks hide no padding
+    packing = None
+    if not relaid_inputs(graph):  # of so few tokens none is padding
+        packing = _pack(exact if options.recipe.methods else graph, options, report)  # a recipe's masks hide no padding
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
@@ -175,7 +182,7 @@ def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packi
     """A second graph beside the first: which of them runs is known when the data are."""
     from tokred.passes.pack_tokens import pack_tokens
 
-    if not options.exact or relaid_inputs(graph):
+    if not options.exact:
         return None
     started = time.perf_counter()
     entry = PassReport("pack_tokens", True, 0, 0.0)

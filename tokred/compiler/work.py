@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokred.backends.kernels import neurons as _operators  # noqa: F401  (registers them)
+from tokred.backends.kernels.neurons import gated_tail, sparse_linear
 from tokred.backends.kernels.token_sparse import expected_rows
 from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op
@@ -231,6 +231,24 @@ def _attention(op: Op, sizes: Sizes) -> Any:
     return 2 * _times(query[:-2]) * pairs * (query[-1] + value[-1])
 
 
+@_counts(sparse_linear)
+def _sparse_linear(op: Op, sizes: Sizes) -> Any:
+    """[* f] x [f d] of as many neurons as are expected to be active: all, where only the data tell."""
+    return _expected(op, 2 * _times(sizes(op.operand("x"))) * sizes(op.operand("weight_t"))[1])
+
+
+@_counts(gated_tail)
+def _gated_tail(op: Op, sizes: Sizes) -> Any:
+    """[* c] x [f c] and [* f] x [f d], likewise."""
+    channels = sizes(op.operand("up"))[1]
+    return _expected(op, 2 * _times(sizes(op.operand("act"))) * (channels + sizes(op.operand("down_t"))[1]))
+
+
+def _expected(op: Op, whole: Any) -> Any:
+    active = op.node.meta.get("active", 1.0)
+    return whole if active == 1 else int(whole * active)
+
+
 @_counts(torch.ops.tokred.token_sparse_attention.default)
 def _token_sparse(op: Op, sizes: Sizes) -> Any:
     """Causal attention among as many rows as are expected to attend, and the scores of the window's rows."""
@@ -238,19 +256,3 @@ def _token_sparse(op: Op, sizes: Sizes) -> Any:
     rows = expected_rows(query[-2], op["window"], op["least"])
     attended = rows * (rows + 1) // 2 * (query[-1] + value[-1])
     return 2 * _times(query[:-2]) * (attended + op["window"] * query[-2] * query[-1])
-
-
-@_counts(torch.ops.tokred.sparse_linear.default)
-def _sparse(op: Op, sizes: Sizes) -> Any:
-    """As many rows of the weight as are expected to be read."""
-    return _expected(op, 2 * _times(sizes(op.node)) * sizes(op.operand("weight_t"))[0])
-
-
-@_counts(torch.ops.tokred.gated_tail.default)
-def _tail(op: Op, sizes: Sizes) -> Any:
-    neurons, width = sizes(op.operand("up"))
-    return _expected(op, 2 * _times(sizes(op.node)) * neurons + 2 * _times(sizes(op.operand("act"))) * width)
-
-
-def _expected(op: Op, whole: Any) -> Any:
-    return int(whole * op.node.meta["active"]) if op.node.meta.get("active", 1) != 1 else whole

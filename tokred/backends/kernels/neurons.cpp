@@ -137,47 +137,43 @@ struct Problem {
   float* y;           // [M D]
 };
 
+// The neurons that are active for any token, in order; `mask` is scratch of as many bytes.
+int64_t list_active(const Problem& p, uint8_t* mask, int32_t* list) {
+  std::memset(mask, 0, p.neurons);
+  for (int64_t m = 0; m < p.tokens; ++m)
+    for (int64_t f = 0; f < p.neurons; ++f) mask[f] |= active(p.act[m * p.neurons + f], p.threshold);
+  int64_t count = 0;
+  for (int64_t f = 0; f < p.neurons; ++f) {
+    list[count] = (int32_t)f;
+    count += mask[f];
+  }
+  return count;
+}
+
 template <class T>
 void run(const Problem& p, int threads) {
   thread_local std::vector<int32_t> indices;  // kept between calls: a fresh large block is paged in anew each time
+  thread_local std::vector<uint8_t> mask, nothing;
   thread_local std::vector<float> partial;
-  thread_local std::vector<int64_t> counts;
-  thread_local std::vector<uint16_t> nothing;  // a weight row, twice as long as needed for half types
-  const int64_t cells = p.tokens * p.width;
-  if ((int64_t)indices.size() < 2 * p.neurons) indices.resize(2 * p.neurons);
+  const int64_t cells = p.tokens * p.width, row = std::max(p.width, p.channels) * sizeof(T);
+  if ((int64_t)indices.size() < p.neurons) indices.resize(p.neurons), mask.resize(p.neurons);
   if ((int64_t)partial.size() < threads * cells) partial.resize(threads * cells);
-  if ((int64_t)counts.size() < threads) counts.resize(threads);
-  if ((int64_t)nothing.size() < 2 * std::max(p.width, p.channels)) nothing.resize(2 * std::max(p.width, p.channels));
-  const T* const zeros = (const T*)nothing.data();
-  int32_t *const scattered = indices.data(), *const list = scattered + p.neurons;
+  if ((int64_t)nothing.size() < row) nothing.resize(row);
+  int32_t* const list = indices.data();
   float* const sums = partial.data();
-  int64_t* const found = counts.data();
+  const T* const zeros = (const T*)nothing.data();
+  const int64_t total = list_active(p, mask.data(), list);
+  int team = 1;
 
+  // One region and no barrier within: where threads outnumber cores each costs a time slice.
 #pragma omp parallel num_threads(threads)
   {
-    const int team = omp_get_num_threads(), own = omp_get_thread_num();
-    const auto start = [&](int64_t total, int thread) { return total * thread / team; };
-
-    int32_t* const mine = scattered + start(p.neurons, own);
-    int64_t count = 0;
-    for (int64_t f = start(p.neurons, own); f < start(p.neurons, own + 1); ++f) {
-      bool any = false;
-      for (int64_t m = 0; m < p.tokens; ++m) any |= active(p.act[m * p.neurons + f], p.threshold);
-      mine[count] = (int32_t)f;
-      count += any;
-    }
-    found[own] = count;
-#pragma omp barrier
-
-    int64_t before = 0, total = 0;
-    for (int t = 0; t < team; ++t) before += t < own ? found[t] : 0, total += found[t];
-    std::memcpy(list + before, mine, count * sizeof(int32_t));
+    const int own = omp_get_thread_num(), all = omp_get_num_threads();
+    if (own == 0) team = all;
     float* const sum = sums + own * cells;
     std::memset(sum, 0, cells * sizeof(float));
-#pragma omp barrier
-
-    const int64_t end = start(total, own + 1);
-    for (int64_t i = start(total, own); i < end; i += AT_ONCE) {
+    const int64_t end = total * (own + 1) / all;
+    for (int64_t i = total * own / all; i < end; i += AT_ONCE) {
       const T *down[AT_ONCE], *up[AT_ONCE];
       float share[TOKENS][AT_ONCE], added[AT_ONCE];
       for (int r = 0; r < AT_ONCE; ++r) {
@@ -204,14 +200,15 @@ void run(const Problem& p, int threads) {
       }
       add_rows(sum, p.tokens, p.width, down, share);
     }
-#pragma omp barrier
+  }
 
-    for (int64_t m = 0; m < p.tokens; ++m)
-      for (int64_t d = start(p.width, own); d < start(p.width, own + 1); ++d) {
-        float value = p.bias ? p.bias[d] : 0;
-        for (int t = 0; t < team; ++t) value += sums[t * cells + m * p.width + d];
-        p.y[m * p.width + d] = value;
-      }
+  const int64_t block = 256, blocks = (p.width + block - 1) / block;
+#pragma omp parallel for num_threads(threads) if (team * cells > 1 << 18)
+  for (int64_t b = 0; b < p.tokens * blocks; ++b) {
+    const int64_t first = b % blocks * block, count = std::min(block, p.width - first), at = b / blocks * p.width + first;
+    for (int64_t d = 0; d < count; ++d) p.y[at + d] = p.bias ? p.bias[first + d] : 0;
+    for (int t = 0; t < team; ++t)
+      for (int64_t d = 0; d < count; ++d) p.y[at + d] += sums[t * cells + at + d];
   }
 }
 
