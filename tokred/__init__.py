@@ -4,22 +4,27 @@ torch.compile(model, backend="tokred", options={"recipe": "tome(r=13)"})
 """
 
 from tokred.backend import backend, compile, reports, reset
+from tokred.calibrate import calibrate
+from tokred.compiler.calibration import Calibration
 from tokred.compiler.report import Refusal, Report
 from tokred.errors import TokredError
 from tokred.explain import explain
 from tokred.registry.attention import AttentionRewrite, Effort
 from tokred.registry.maps import Keep, Merge, Soft, TokenMap
 from tokred.registry.method import Method, Reduction
+from tokred.registry.neurons import Neurons, Sparsity
 from tokred.registry.recipe import Recipe
 from tokred.registry.register import methods, register, register_pass
 from tokred.registry.site import Place, Site
 
 __all__ = [
     "AttentionRewrite",
+    "Calibration",
     "Effort",
     "Keep",
     "Merge",
     "Method",
+    "Neurons",
     "Place",
     "Recipe",
     "Reduction",
@@ -27,9 +32,11 @@ __all__ = [
     "Report",
     "Site",
     "Soft",
+    "Sparsity",
     "TokenMap",
     "TokredError",
     "backend",
+    "calibrate",
     "compile",
     "explain",
     "methods",

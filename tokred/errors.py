@@ -5,6 +5,7 @@
       RecipeError        a recipe string, file or object that cannot be read
         UnknownMethod    no method of that name is registered
         ArgumentError    a method argument that does not exist, or a value outside its range
+      CalibrationError   a calibration that is damaged, of another model, or did not measure what a method needs
       RegistrationError  `@register` or `@register_pass` called with something that cannot be registered
       StrictError        `strict=True`, and a named method was refused somewhere
       VerifyError        `verify=True`, and a stage changed the numbers beyond its promise
@@ -17,6 +18,7 @@ from difflib import get_close_matches
 
 __all__ = [
     "ArgumentError",
+    "CalibrationError",
     "OptionError",
     "RecipeError",
     "RegistrationError",
@@ -46,6 +48,10 @@ class UnknownMethod(RecipeError):
 
 class ArgumentError(RecipeError):
     """A method has no such argument, or the argument's value is out of range."""
+
+
+class CalibrationError(TokredError, ValueError):
+    """A calibration is damaged, is of another model, or did not measure what a method needs; or there is none."""
 
 
 class RegistrationError(TokredError, ValueError):

@@ -13,9 +13,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
+from tokred.compiler.relaid import relaid_inputs, supplied
 from tokred.compiler.report import GraphReport, Report, TokenPicture
 
-__all__ = ["explain"]
+__all__ = ["as_compiled", "explain"]
 
 
 def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -38,7 +39,7 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
     for whole in (None, False):
         graphs.clear()
-        with torch.no_grad(), torch._dynamo.config.patch(limits), _as_compiled(plain, whole):
+        with torch.no_grad(), torch._dynamo.config.patch(limits), as_compiled(plain, whole):
             compiled: Any = torch.compile(plain, backend=backend, dynamic=False)
             try:
                 compiled(*args, **kwargs)
@@ -49,7 +50,7 @@ def explain(model: Any, *args: Any, recipe: Any = None, options: dict[str, Any] 
     return Report(graphs)
 
 
-def _as_compiled(model: Any, whole: bool | None) -> AbstractContextManager[None]:
+def as_compiled(model: Any, whole: bool | None = None) -> AbstractContextManager[None]:
     """What `tokred.compile` sets for a generating model, which it traces in pieces where that fails."""
     if not getattr(model, "can_generate", bool)():
         return nullcontext()
@@ -63,9 +64,11 @@ def _traced(done: Compiled, gm: fx.GraphModule) -> Any:
     if not done.changed:
         return gm.forward
 
+    graph = supplied(done.graph, relaid_inputs(done.graph))
+
     def call(*inputs: Any) -> Any:
         state = [] if done.memory is None else done.memory.fresh(inputs)
-        results = list(done.graph(*inputs, *state))
+        results = list(graph(*inputs, *state))
         own = len(results) - len(done.applied)
         if not done.report.pictures:
             done.report.pictures = _pictures(done.applied, results[own:])

@@ -38,6 +38,9 @@ BUILT_IN = {
     "zoo_prune": "prune",
     "catp": "prune",
     "token_sparse_attention": "sparsify",
+    "cats": "sparsify",
+    "teal": "sparsify",
+    "random_neurons": "baseline",
 }
 
 

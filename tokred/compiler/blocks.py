@@ -33,7 +33,10 @@ def find_blocks(gm: fx.GraphModule, axes: Axes) -> Blocks:
 
 
 def renumber(blocks: Blocks, original: Blocks) -> Blocks:
-    """After exact passes: the same blocks keep their layer numbers, and one that lost its tokens says so."""
+    """After a rewrite: the same blocks keep their layer numbers, and one that lost its tokens says so."""
+    if len(blocks.mlps) == len(original.mlps):
+        for mlp, was in zip(blocks.mlps, original.mlps, strict=True):
+            mlp.layer, mlp.module, mlp.source = was.layer, was.module, was.source
     if len(blocks.attentions) != len(original.attentions):
         return blocks
     for block, before in zip(blocks.attentions, original.attentions, strict=True):

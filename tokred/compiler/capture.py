@@ -62,6 +62,7 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
         new.meta["source_name"] = old.name
         if (name := _input_name(old)) is not None:
             new.meta["input_name"] = name
+        new.meta["parameter"] = _dotted(old)
         new.meta["is_parameter"] = isinstance(old.meta.get("example_value"), torch.nn.Parameter) or _is_module_state(
             old
         )
@@ -143,6 +144,17 @@ def clean_path(path: str) -> str:
     return path.replace("._modules", "").replace("_orig_mod.", "").strip(".")
 
 
+def _dotted(placeholder: fx.Node) -> str:
+    """`L['self']._modules['layers']._modules['0']._parameters['weight']` -> `layers.0.weight`; "" without a source."""
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    text = source.name() if callable(source.name) else source.name
+    text = re.sub(r"^[LG]\['\w+'\]", "", text)
+    text = re.sub(r"\._(modules|parameters|buffers)(?=\[)", "", text)
+    return re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", text).replace("_orig_mod.", "").strip(".")
+
+
 def is_parameter(node: Any) -> bool:
     """A module's own parameter or buffer."""
     return isinstance(node, fx.Node) and (
@@ -200,6 +212,7 @@ def _restore_attributes(traced: fx.GraphModule, gm: fx.GraphModule, signature: A
         with traced.graph.inserting_before(node):
             getter = traced.graph.get_attr(attribute)
         getter.meta.update(node.meta)
+        getter.meta["parameter"] = name
         node.replace_all_uses_with(getter)
         traced.graph.erase_node(node)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from tokred.compiler.axes import Axes
-from tokred.compiler.blocks import Attention, Blocks
+from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.capture import module_path, tensor_meta
 from tokred.compiler.machine import Extent, Machine, method_seconds
 from tokred.compiler.relations import Op
@@ -23,7 +25,7 @@ from tokred.registry.attention import AttentionRewrite
 from tokred.registry.method import Reduction
 from tokred.registry.site import Place
 
-__all__ = ["Costs", "Gate", "Prediction", "pays_from", "predict_attention"]
+__all__ = ["Costs", "Gate", "Prediction", "Skipped", "pays_from", "predict_attention", "predict_neurons"]
 
 LONGEST = 1 << 24  # tokens: farther than any prompt
 
@@ -64,7 +66,8 @@ class Costs:
         for node in nodes:
             new = self.became(node)
             before += flops(node)
-            after += flops(node if new is None else new)
+            gone = new is None and not self._ledgers[1].get(_key(node))  # another product does its work
+            after += 0 if gone else flops(node if new is None else new)
         return before, after
 
     def _pair(self, wanted: Callable[[Key], bool], call: int, calls: int) -> tuple[int, int]:
@@ -98,6 +101,16 @@ def _share(counts: list[int], call: int, calls: int) -> int:
         return sum(counts) // calls
     each = len(counts) // calls
     return sum(counts[call * each : (call + 1) * each])
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Weights of which a share is not read, for values [.. F] that are expected to be `active` to that share."""
+
+    values: torch.Tensor
+    weights: int  # how many numbers they are
+    kernels: int
+    active: float
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,29 @@ class Gate:
             return words, None
         where = f"{block.module} ({block.source})" if block.module else block.source
         return words, Refusal("does-not-pay", f"predicted for {tokens} tokens: {words}", where)
+
+    def neurons(self, block: Attention | Mlp, skipped: list[Skipped]) -> tuple[str, Refusal | None]:
+        """The same for weights that are not read; "" where none are skipped, or nobody knows how many."""
+        known = [part for part in skipped if part.active < 1]
+        if not known:
+            return "", None
+        found = predict_neurons(known, self.machine or Machine.of(known[0].values.device))
+        if found.pays or not self.refuse:
+            return str(found), None
+        where = f"{block.module} ({block.source})" if block.module else block.source
+        return str(found), Refusal("does-not-pay", f"predicted: {found}", where)
+
+
+def predict_neurons(skipped: Iterable[Skipped], machine: Machine) -> Prediction:
+    """What is saved where weights are read only if one of the rows needs them, as if each drew its own, in seconds."""
+    saves = costs = 0.0
+    for part in skipped:
+        rows = math.prod(hint(size) for size in part.values.shape[:-1])
+        dtype, unread = part.values.dtype, (1 - part.active) ** rows
+        flops = 2.0 * rows * part.weights * (1 - part.active)
+        saves += machine.seconds({dtype: flops}, part.weights * dtype.itemsize * unread)
+        costs += machine.seconds({}, 0, part.kernels)
+    return Prediction(saves, costs)
 
 
 def predict_attention(method: AttentionRewrite, node: fx.Node, tokens: int, machine: Machine) -> Prediction:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokred.compiler.calibration import Calibration
 from tokred.errors import OptionError, nearest
 from tokred.registry.recipe import Recipe, parse_recipe
 from tokred.registry.spans import GIVEN
@@ -38,6 +39,7 @@ class Options:
     positions: str = "persistent"
     passes: tuple[str, ...] = ()
     spans: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
     dump: Path | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
@@ -48,7 +50,8 @@ class Options:
 def parse_options(options: dict[str, Any] | None, mode: str | None = None, *, companion: bool = False) -> Options:
     """Check and convert what the user passed to torch.compile.
 
-    Raises OptionError for an unknown option or a value of the wrong kind, RecipeError for a recipe that cannot be read.
+    Raises OptionError for an unknown option or a value of the wrong kind, RecipeError for a recipe that cannot be read,
+    CalibrationError for a calibration that is none.
     """
     given = dict(options or {})
     known = [f.name for f in fields(Options) if f.name not in ("mode", "texts", "companion")]
@@ -63,6 +66,12 @@ def parse_options(options: dict[str, Any] | None, mode: str | None = None, *, co
             raise OptionError(f"option {name}={given[name]!r} is unknown.{nearest(str(given[name]), values)}")
     if not isinstance(given.get("inductor", {}), dict):
         raise OptionError(f"option inductor={given['inductor']!r}: a dict of Inductor config patches")
+    if isinstance(given.get("calibration"), (str, Path)):
+        given["calibration"] = Calibration.load(given["calibration"])
+    if not isinstance(given.get("calibration"), Calibration | None):
+        raise OptionError(
+            f"option calibration={given['calibration']!r}: what tokred.calibrate returns, or a path to it"
+        )
     given["spans"] = _spans(given.get("spans", {}))
     if "passes" in given:
         chosen = (given["passes"],) if isinstance(given["passes"], str) else tuple(given["passes"])

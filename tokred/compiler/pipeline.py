@@ -20,6 +20,7 @@ from tokred.compiler.cost import Gate
 from tokred.compiler.memory import Memory, carrying
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
+from tokred.compiler.relaid import lower_relaid, relaid_inputs
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
@@ -28,9 +29,11 @@ from tokred.errors import StrictError, TokredError
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
+from tokred.registry.neurons import Sparsity
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
+    from tokred.passes.sparsify import Sparsified
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
@@ -70,10 +73,10 @@ def compile_graph(
     graph = done.graph if done.changed else gm
     into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
     if done.memory is not None:
-        fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-        example_inputs = [*example_inputs, *fakes[len(example_inputs) :]]
+        more = graph.graph.find_nodes(op="placeholder")[len(example_inputs) :]
+        example_inputs = [*example_inputs, *(node.meta["val"] for node in more if "relaid" not in node.meta)]
     if done.packing is None:
-        compiled = into(graph, example_inputs)
+        compiled = lower_relaid(graph, example_inputs, into)
     else:
         compiled = lower_padded(graph, example_inputs, done.packing, into)
     if options.verify:
@@ -111,6 +114,7 @@ def _transform(
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.fold_experts import fold_experts
     from tokred.passes.reduce_tokens import reduce_tokens
+    from tokred.passes.relu_exact import relu_exact
     from tokred.passes.rewrite_attention import rewrite_attention
 
     observe("dynamo", gm)
@@ -146,16 +150,23 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    exact, graph = graph, _plugins("reduce", options, rewritten.graph, report, observe)
+    sparse = _sparsify(rewritten.graph, graph, original, blocks, example_inputs, options, report, gate)
+    if options.recipe.of(Sparsity):
+        observe("sparsify", sparse.graph)
+    exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
+    if options.exact:
+        unskipped, graph = graph, _timed("relu_exact", True, partial(relu_exact, inputs=example_inputs), graph, report)
+        if graph is not unskipped:
+            observe("relu_exact", graph)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, sparse, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten)
+    _enforce(options, report, reduced, rewritten, sparse)
     packing = None
-    if memory is None:  # a recipe's own masks hide no padding
+    if memory is None and not relaid_inputs(graph):  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
@@ -263,12 +274,44 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
-def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any) -> None:
+def _sparsify(
+    gm: fx.GraphModule,
+    exact: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    example_inputs: list[Any],
+    options: Options,
+    report: GraphReport,
+    gate: Gate,
+) -> Sparsified:
+    """What methods leave out of MLPs and linears, after tokens were reduced. `blocks` are `exact`'s."""
+    from tokred.passes.sparsify import Sparsified, sparsify
+
+    methods = options.recipe.of(Sparsity)
+    if not methods:
+        return Sparsified(gm)
+    started = time.perf_counter()
+    if gm is not exact:
+        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    parameters = {node.name: value for node, value in inputs}
+    done = sparsify(gm, original, blocks, methods, options.calibration, parameters, gate=gate)
+    report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
+    copies = [n.meta["val"] for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
+    if copies:
+        size = sum(copy.numel() * copy.element_size() for copy in copies)
+        report.notes.append(f"{len(copies)} weights are kept a second time, neuron by neuron: {size / 2**20:.1f} MiB")
+    return done
+
+
+def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any, sparse: Sparsified) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
-    refused = [entry for entry in refused if entry[2].code != "decode"]  # recipes mean the prefill
+    refused += [(block.layer, str(method), refusal) for block, (method, refusal) in sparse.refused.items()]
+    # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
+    refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]
     computed = {str(method) for method, _ in rewritten.applied.values()}  # an encoder beside them was not meant
     refused = [entry for entry in refused if entry[1] not in computed or entry[2].code not in NEVER_MEANT]
     for layer, method, refusal in refused:

@@ -54,6 +54,7 @@ def summarize(
     axes: Axes,
     reduced: Any,
     rewritten: Any,
+    sparse: Any,
     final: fx.GraphModule,
 ) -> None:
     """Fill in blocks, costs and restores."""
@@ -65,7 +66,9 @@ def summarize(
         _show_rewritten(row, _identity(block), rewritten, reduced)
     rows = [(place[block.anchor], row) for block, row in attentions]
     rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
-    report.blocks += [row for _, row in sorted(rows, key=itemgetter(0))]
+    shown = [row for _, row in sorted(rows, key=itemgetter(0))]
+    _show_sparse(shown, sparse)
+    report.blocks += shown
     report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
 
 
@@ -77,7 +80,7 @@ def _attention_rows(found: Blocks, blocks: Blocks, reduced: Any, costs: Costs) -
     returned = {_identity(block): entry for block, entry in reduced.returned.items()}
     modules = Counter(block.module for block in found.attentions)
     calls: Counter[str] = Counter()
-    linears = [node for mlp in found.mlps for node in (mlp.down, *mlp.ups)]
+    linears = [node for mlp in found.mlps for node in mlp.products]
     rows = []
     for block in found.attentions:
         key = _identity(block)
@@ -122,10 +125,31 @@ def _show_rewritten(row: BlockReport, key: tuple[str, int, str], rewritten: Any,
             row.method, row.refusal = str(method), refusal
 
 
+def _show_sparse(rows: list[BlockReport], sparse: Any) -> None:
+    """What is left out of a block's weights, beside what became of its tokens."""
+    by_place = {(str(row.kind), row.layer, row.module): row for row in rows}
+    for found, refused in ((sparse.applied, False), (sparse.refused, True)):
+        for block, (method, said) in found.items():
+            kind = "mlp" if isinstance(block, Mlp) else "attention"
+            row = by_place.get((kind, block.layer, block.module))
+            if row is None:  # experts, which no exact pass and no method for tokens knows
+                row = BlockReport(
+                    "mlp", block.layer, block.module, (_show(block.tokens),) * 2, block.form, block.source
+                )
+                rows.append(row)
+            if not refused:
+                row.method = str(method) if row.method is None or row.refusal else f"{row.method} + {method}"
+                row.note, row.refusal = "; ".join(part for part in (row.note, said) if part), None
+            elif row.method is None:
+                row.method, row.refusal = str(method), said
+            else:
+                row.note = "; ".join(part for part in (row.note, f"{method.name} refused: {said.reason}") if part)
+
+
 def _mlp_row(mlp: Mlp, costs: Costs) -> BlockReport:
     """An MLP runs on as many tokens as what its last linear became does."""
     row = BlockReport("mlp", mlp.layer, mlp.module, (_show(mlp.tokens),) * 2, mlp.form, mlp.source)
-    row.flops = costs.nodes(list(dict.fromkeys([*mlp.ups, mlp.down])))
+    row.flops = costs.nodes(mlp.products)
     new = costs.became(mlp.down)
     if new is not None:
         row.tokens = (row.tokens[0], _rescaled(mlp.tokens, _rows(mlp.down, mlp), _rows(new, mlp)))

@@ -94,7 +94,8 @@ class Symbols:
                 self._name_attention(block)
         for mlp in blocks.mlps:
             if mlp.axis == axis:
-                self._name("C", axes.of(mlp.ups[0].all_input_nodes[0])[-1])
+                source = mlp.inputs[0].input if mlp.inputs else mlp.ups[0].all_input_nodes[0]
+                self._name("C", axes.of(source)[-1])
                 self._name("F", axes.of(mlp.down.all_input_nodes[0])[-1])
 
     def _name_attention(self, block: Attention) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tokred.backends.kernels.experts import routed_experts
+from tokred.backends.kernels.neurons import gated_tail, sparse_linear
 from tokred.backends.kernels.token_sparse import expected_rows
 from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op
@@ -236,6 +237,24 @@ def _attention(op: Op, sizes: Sizes) -> Any:
         long = bool(hint(op.shape("query")[-2]) > hint(op.shape("key")[-2]))  # rows past the last key see all of them
         pairs = n * m - m * (m - 1) // 2 if long else n * (n + 1) // 2
     return 2 * _times(query[:-2]) * pairs * (query[-1] + value[-1])
+
+
+@_counts(sparse_linear)
+def _sparse_linear(op: Op, sizes: Sizes) -> Any:
+    """[* f] x [f d] of as many neurons as are expected to be active: all, where only the data tell."""
+    return _expected(op, 2 * _times(sizes(op.operand("x"))) * sizes(op.operand("weight_t"))[1])
+
+
+@_counts(gated_tail)
+def _gated_tail(op: Op, sizes: Sizes) -> Any:
+    """[* c] x [f c] and [* f] x [f d], likewise."""
+    channels = sizes(op.operand("up"))[1]
+    return _expected(op, 2 * _times(sizes(op.operand("act"))) * (channels + sizes(op.operand("down_t"))[1]))
+
+
+def _expected(op: Op, whole: Any) -> Any:
+    active = op.node.meta.get("active", 1.0)
+    return whole if active == 1 else int(whole * active)
 
 
 @_counts(torch.ops.tokred.token_sparse_attention.default)

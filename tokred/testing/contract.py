@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Method, Reduction
+from tokred.registry.neurons import Sparsity
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.attention import check_attention, long_enough
 from tokred.testing.frames import check_frames
@@ -27,6 +28,7 @@ from tokred.testing.models import (
     check_model,
     check_type,
 )
+from tokred.testing.neurons import check_sparsity
 from tokred.testing.sites import places
 
 __all__ = ["check_method", "idle"]
@@ -60,6 +62,14 @@ def check_method(
     - the same frames give the same results; an image's tokens do not depend on the others
     - float32, bfloat16, float64; a dynamic number of samples, of which another one begins anew; finite gradients
 
+    A `Sparsity` instead:
+
+    - with `sparsity=0` nothing is left out, and the compiled model is bitwise the model; so it is on prompts while the
+      method means the decoding
+    - `masked` sets numbers to zero and leaves all others as they are; the same inputs give the same mask; a sample's
+      does not depend on its batch
+    - it acts in a small decoder with gated MLPs; float32, bfloat16, float64; finite gradients
+
     method         a method object, its class (then with default options), or a recipe string of one method
     model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
                    encoder and a small decoder with image tokens, for methods that need something these lack
@@ -68,6 +78,10 @@ def check_method(
     """
     subject = _one(method)
     nothing = idle(subject)
+    if isinstance(subject, Sparsity):
+        assert isinstance(nothing, Sparsity)
+        check_sparsity(subject, nothing)
+        return
     if isinstance(subject, AttentionRewrite):
         assert isinstance(nothing, AttentionRewrite)
         check_attention(subject, nothing)
@@ -144,13 +158,14 @@ def as_double(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def idle(method: AnyMethod) -> AnyMethod:
-    """The same method with options that change nothing: `r=0`, `ratio=0`, `keep=1`, `coverage=0`, `keyframe=1`."""
+    """The same method with options that change nothing: `r=0`, `ratio=0`, `keep=1`, `coverage=0`, `keyframe=1` or
+    `sparsity=0`; no `exit`."""
     names = {field.name for field in fields(method)}
-    options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit") if name in names}
-    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0), ("keyframe", 1)):
+    options: dict[str, Any] = {name: None for name in ("keep", "grid", "exit", "threshold") if name in names}
+    for name, value in (("r", 0), ("ratio", 0.0), ("keep", 1.0), ("coverage", 0.0), ("keyframe", 1), ("sparsity", 0.0)):
         if name in names:
             return replace(method, **options | {name: value})
-    lacks = "no option r, ratio or keep, nor coverage or keyframe"
+    lacks = "no option r, ratio or keep, nor coverage, keyframe or sparsity"
     raise AssertionError(f"{method.name} has {lacks}, by which it could be told to remove nothing")
 
 

@@ -1,0 +1,150 @@
+"""Sparse methods against their definitions, which hooks that mask compute on the unmodified model."""
+
+import pytest
+import torch
+import transformers as hf
+
+import tokred
+from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking
+from tokred.calibrate import calibrate
+
+MEASURED = 1e-9  # relative to the outputs, in float64
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        out = model(inputs)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def compiled(model, recipe, **options):
+    torch.compiler.reset()
+    tokred.reset()
+    return torch.compile(
+        model, backend="tokred", fullgraph=True, options={"recipe": recipe, "lower": "eager", **options}
+    )
+
+
+def collected(model, modules, batches, *, inputs):
+    """All numbers that the modules read, or give, by name."""
+    values = {}
+
+    def keep(name, x):
+        values.setdefault(name, []).append(x.flatten())
+        return x
+
+    with masking(modules, keep, inputs=inputs):
+        for batch in batches:
+            run(model, batch)
+    return {name: torch.cat(parts).abs() for name, parts in values.items()}
+
+
+def thresholds(calibration, measured, values, sparsity):
+    """The calibration's, checked to be the quantiles to a bin."""
+    found = {}
+    for site in calibration.sites:
+        if site.values == measured:
+            threshold = site.sketch.threshold(sparsity)
+            for name in site.parameters:
+                exact = values[name].sort().values[int(sparsity * len(values[name]))]
+                assert abs(threshold - exact) <= 0.01 * exact + 1e-12
+                assert (values[name] <= threshold).double().mean() >= sparsity
+                found[name] = threshold
+    assert sorted(found) == sorted(values)
+    return found
+
+
+def check(model, recipe, calibration, modules, limits, inputs, *, reads):
+    with masking(modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), inputs=reads):
+        wanted = run(model, inputs)
+    dense = run(model, inputs)
+    got = run(compiled(model, recipe, calibration=calibration, strict=True), inputs)
+    assert (wanted - dense).abs().max() > 1e-3 * dense.abs().max()
+    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(dense.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_teal_masks_what_every_linear_reads(name):
+    model, batches = made(name), [example(name, seed) for seed in range(2)]
+    calibration = calibrate(model, batches, recipe="teal", progress=False)
+    modules = linears(model)
+    limits = thresholds(calibration, "input", collected(model, modules, batches, inputs=True), 0.4)
+    check(model, "teal(sparsity=0.4, phase='masked')", calibration, modules, limits, batches[0], reads=True)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_cats_masks_the_activated_gate(name):
+    model, batches = made(name), [example(name, seed) for seed in range(2)]
+    calibration = calibrate(model, batches, recipe="cats", progress=False)
+    modules = gates(model)
+    limits = thresholds(calibration, "gate", collected(model, modules, batches, inputs=False), 0.6)
+    check(model, "cats(sparsity=0.6, phase='masked')", calibration, modules, limits, batches[0], reads=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "vit"])
+def test_cats_refuses_mlps_without_a_gate(name):
+    model = made(name)
+    run(compiled(model, "cats(threshold=0.1, phase='masked')"), example(name))
+    refused = [block.refusal.code for block in tokred.reports().graphs[0].blocks if block.refusal]
+    assert refused == ["not-gated"] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_random_neurons_leave_out_the_same_neurons_of_every_token(name):
+    model, inputs = made(name), example(name)
+    seen = {}
+    down = {key: module for key, module in linears(model).items() if "down_proj" in key or "mlp.c_proj" in key}
+
+    def draw(key, x):
+        layer = list(down).index(key)
+        ranks = tokred.methods()["random_neurons"](sparsity=0.25).masked(torch.ones(x.shape[-1]), place(layer))
+        seen[key] = ranks
+        return x * ranks
+
+    with masking(down, draw, inputs=True):
+        wanted = run(model, inputs)
+    got = run(compiled(model, "random_neurons(sparsity=0.25, phase='masked')", strict=True), inputs)
+    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED)
+    assert all(kept.sum() == 0.75 * len(kept) for kept in seen.values())
+    first, second = seen.values()
+    assert not torch.equal(first, second)
+
+
+def place(layer):
+    return tokred.Neurons(layer, 2, "", "down", 0)
+
+
+@pytest.mark.parametrize("recipe", ["teal(sparsity=0, phase='masked')", "cats(sparsity=0.0, phase='masked')"])
+def test_nothing_left_out_is_the_unmodified_model(recipe):
+    model, inputs = made("llama"), example("llama")
+    got = run(compiled(model, recipe, exact=False), inputs)
+    assert torch.equal(got, run(model, inputs))
+
+
+def test_prompts_stay_dense_while_the_method_means_the_decoding():
+    model, inputs = made("llama"), example("llama")
+    got = run(compiled(model, "cats(threshold=0.1)", exact=False, strict=True), inputs)
+    assert torch.equal(got, run(model, inputs))
+    blocks = tokred.reports().graphs[0].blocks
+    assert [block.refusal.code for block in blocks if block.kind == "mlp"] == ["prefill"] * 2
+
+
+def test_a_model_that_never_decodes_says_so():
+    run(compiled(made("vit"), "teal(threshold=0.1)"), example("vit"))
+    assert {block.refusal.code for block in tokred.reports().graphs[0].blocks} == {"no-decode"}
+
+
+def test_a_method_without_its_calibration_is_refused():
+    run(compiled(made("llama"), "teal(phase='masked')"), example("llama"))
+    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+    assert {refusal.code for refusal in refusals} == {"no-calibration"}
+    assert "tokred.calibrate(model, batches, recipe='teal')" in refusals[0].reason
+
+
+def test_routed_experts_are_named_and_refused():
+    sizes = TWO | {"num_hidden_layers": 1, "num_local_experts": 4}
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes)).eval()
+    run(compiled(model, "cats(threshold=0.1, phase='masked')"), example("llama"))
+    (row,) = [block for block in tokred.reports().graphs[0].blocks if block.kind == "mlp"]
+    assert (row.form, row.refusal.code) == ("experts", "experts")
+    assert row.module == "model.layers.0.mlp.experts"

@@ -1,0 +1,164 @@
+"""What was measured of a model: magnitudes at each site, by parameter name, with fingerprints of the parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tokred.errors import CalibrationError, nearest
+from tokred.registry.sketch import Sketch
+
+__all__ = ["Calibration", "Fingerprint", "Measured"]
+
+FORMAT, VERSION = "tokred calibration", 1
+SAMPLES = 64  # numbers of a parameter that its fingerprint looks at
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A parameter's shape and a hash of a few of its values, taken as bfloat16: a model that was cast is the same."""
+
+    shape: tuple[int, ...]
+    digest: str
+
+    @staticmethod
+    def of(parameter: Tensor) -> Fingerprint:
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.bfloat16).cpu().view(torch.int16)
+        digest = hashlib.blake2b(sample.numpy().tobytes(), digest_size=8).hexdigest()
+        return Fingerprint(tuple(parameter.shape), digest)
+
+
+@dataclass
+class Measured:
+    """The magnitudes of one tensor: of what the linears with these parameters read ("input"), or of the activated
+    gate that the linear with this parameter makes ("gate")."""
+
+    values: str
+    parameters: tuple[str, ...]
+    sketch: Sketch
+
+
+class Calibration:
+    """What `tokred.calibrate` returns: give it, or the path that it was saved to, as options={"calibration": ...}.
+
+    It holds whole distributions, so that one calibration serves any sparsity. Calibrations of the same model on
+    different data add up: `merge` two of them, or those of all processes with `all_merge`.
+    """
+
+    def __init__(self, model: str, parameters: dict[str, Fingerprint], sites: list[Measured]):
+        self.model, self.parameters, self.sites = model, parameters, sites
+        self._found = {(site.values, name): site.sketch for site in sites for name in site.parameters}
+
+    def sketch(self, values: str, name: str, parameter: Tensor) -> Sketch:
+        """What was measured at the linear with this parameter.
+
+        The name may lack the outer modules' names (a model that Dynamo broke into pieces). Raises CalibrationError that
+        says what differs if the calibration is of another model, or if this was not measured.
+        """
+        names = [known for known in self.parameters if known == name]
+        names = names or [known for known in self.parameters if f".{known}".endswith(f".{name}")]
+        if not names:
+            hint = nearest(name, self.parameters) if len(self.parameters) < 20 else ""
+            raise CalibrationError(f"the calibration of {self.model} has no parameter {name!r}.{hint}")
+        if not isinstance(parameter, FakeTensor):
+            now = Fingerprint.of(parameter)
+            fitting = [known for known in names if self.parameters[known] == now]
+            if not fitting:
+                raise CalibrationError(self._difference(name, self.parameters[names[0]], now))
+            names = fitting
+        for known in names:
+            if (values, known) in self._found:
+                return self._found[values, known]
+        measured = ", ".join(sorted({site.values for site in self.sites}))
+        reason = f"measured {measured or 'nothing'}, not {values!r} at {name!r}: calibrate with this recipe"
+        raise CalibrationError(f"the calibration of {self.model} {reason}")
+
+    def _difference(self, name: str, before: Fingerprint, now: Fingerprint) -> str:
+        if before.shape != now.shape:
+            shown = f"is {list(now.shape)} in the model and was {list(before.shape)} when {self.model} was calibrated"
+        else:
+            shown = f"has other values than when {self.model} was calibrated"
+        return f"the calibration is of another model: {name!r} {shown}"
+
+    def merge(self, other: Calibration) -> None:
+        """Add what was measured of the same model on other data. Raises CalibrationError for another model's."""
+        if self.parameters != other.parameters:
+            names = sorted(self.parameters.keys() ^ other.parameters.keys()) or [
+                name for name in self.parameters if self.parameters[name] != other.parameters[name]
+            ]
+            shown = f"{self.model} and {other.model} differ in {len(names)} parameters, {names[0]!r} the first"
+            raise CalibrationError(f"calibrations of different models: {shown}")
+        for site in other.sites:
+            own = self._found.get((site.values, site.parameters[0]))
+            if own is None:
+                raise CalibrationError(
+                    f"only one of two calibrations measured {site.values!r} at {site.parameters[0]!r}"
+                )
+            own.merge(site.sketch)
+
+    def all_merge(self, group: Any = None) -> None:
+        """Add up what the processes of a torch.distributed group measured: all of them then hold the same."""
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, self.to_json(), group)
+        for site in self.sites:
+            site.sketch.counts[:] = 0
+        for data in gathered:
+            self.merge(Calibration.from_json(data, "another process"))
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON; returns the path."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_json()))
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Raises CalibrationError for a file that is missing, truncated, of another kind, or with NaN in it."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise CalibrationError(f"calibration {str(path)!r}: {error.strerror}") from None
+        except ValueError as error:
+            raise CalibrationError(f"calibration {str(path)!r} is truncated or no JSON: {error}") from None
+        return Calibration.from_json(data, str(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        parameters = {name: [list(found.shape), found.digest] for name, found in self.parameters.items()}
+        sites = [
+            {"values": site.values, "parameters": list(site.parameters), **site.sketch.to_json()} for site in self.sites
+        ]
+        return {"format": FORMAT, "version": VERSION, "model": self.model, "parameters": parameters, "sites": sites}
+
+    @staticmethod
+    def from_json(data: Any, where: str) -> Calibration:
+        """Raises CalibrationError, which names `where`, for anything that `to_json` does not give."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CalibrationError(f"calibration {where!r} is none: no {FORMAT!r} in it")
+        if data.get("version") != VERSION:
+            raise CalibrationError(f"calibration {where!r} has version {data.get('version')!r}, this is {VERSION}")
+        try:
+            parameters = {name: Fingerprint(tuple(shape), str(d)) for name, (shape, d) in data["parameters"].items()}
+            sites = [Measured(s["values"], tuple(s["parameters"]), Sketch.from_json(s)) for s in data["sites"]]
+            found = Calibration(str(data["model"]), parameters, sites)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(f"calibration {where!r} is damaged: {type(error).__name__}: {error}") from None
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raise CalibrationError where nothing, or what is no number, was measured."""
+        for site in self.sites:
+            name = f"{site.values!r} at {site.parameters[0]!r}" if site.parameters else "a site without parameters"
+            if not site.sketch.finite:
+                raise CalibrationError(f"the calibration of {self.model} met infinite numbers, or NaN, in {name}")
+            if site.sketch.total == 0:
+                raise CalibrationError(f"the calibration of {self.model} counted nothing in {name}")

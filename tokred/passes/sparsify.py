@@ -1,0 +1,237 @@
+"""At each MLP and attention that the recipe names leave out a part of what linears read, as the method says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from tokred.compiler.blocks import Attention, Blocks, Mlp
+from tokred.compiler.calibration import Calibration
+from tokred.compiler.capture import tensor_meta
+from tokred.compiler.cost import Gate, Skipped
+from tokred.compiler.linears import linear_of
+from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neurons, prompts
+from tokred.compiler.record import record
+from tokred.compiler.report import Refusal
+from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
+from tokred.passes.indices import same_shape
+from tokred.passes.skip_weights import Skipping, readable
+from tokred.registry.neurons import Neurons, Sparsity, Threshold
+
+__all__ = ["Sparsified", "sparsify"]
+
+Block = Mlp | Attention
+
+
+@dataclass
+class Sparsified:
+    """The rewritten graph; which method acts at which block, in words, and why not at others."""
+
+    graph: fx.GraphModule
+    applied: dict[Block, tuple[Sparsity, str]] = field(default_factory=dict)
+    refused: dict[Block, tuple[Sparsity, Refusal]] = field(default_factory=dict)
+
+
+def sparsify(
+    gm: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    methods: tuple[Sparsity, ...],
+    calibration: Calibration | None,
+    parameters: Mapping[str, Tensor],
+    *,
+    gate: Gate,
+) -> Sparsified:
+    """Mask values where the methods say so; the first method that acts on a block has it to itself.
+
+    original     the model as the user wrote it, which says whether this graph decodes
+    blocks       those of `gm`, with their layers' numbers in the model
+    parameters   by the names of the graph's placeholders
+    gate         what skipping weights is worth, and whether that is asked
+    """
+    done = Sparsified(gm)
+    chosen: list[tuple[NeuronSite, Sparsity]] = []
+    for block, sites in _by_block(find_neurons(gm, blocks)).items():
+        for method in methods:
+            place = sites[0].place
+            if block in done.applied or not method.acts_on(place.layer, place.depth, place.module):
+                continue
+            mine = [site for site in sites if site.place.role in method.acts_at]
+            refusal = _unfit(block, method, mine, original, calibration)
+            if refusal is not None:
+                done.refused.setdefault(block, (method, refusal))
+                continue
+            told = [_told(site, method, calibration, parameters, gm) for site in mine]
+            told = [site for site in told if not method.idle(site.place)]
+            if told:
+                said = [_words(site, method, parameters, len(told)) for site in told]
+                skipped = [_skipped(site, method) for site in told if _skips(method) and not readable(site, parameters)]
+                note, refusal = gate.neurons(block, skipped)
+                if refusal is not None:
+                    done.refused.setdefault(block, (method, refusal))
+                    continue
+                chosen += [(site, method) for site in told]
+                done.applied[block] = (method, "; ".join([*said, note] if note else said))
+    for block in done.applied:
+        done.refused.pop(block, None)
+    for mlp in find_experts(gm, blocks):
+        for method in methods:
+            if {"gate", "up", "down"} & set(method.acts_at) and method.acts_on(mlp.layer, 0, mlp.module):
+                reason = (
+                    "each token has experts of its own, whose weights lie stacked: no operator skips parts of these"
+                )
+                done.refused.setdefault(mlp, (method, Refusal("experts", reason, _where(mlp))))
+    if chosen:
+        _rewrite(done, gm, chosen, parameters)
+    return done
+
+
+def _by_block(sites: Iterable[NeuronSite]) -> dict[Block, list[NeuronSite]]:
+    found: dict[Block, list[NeuronSite]] = {}
+    for site in sites:
+        found.setdefault(site.block, []).append(site)
+    return found
+
+
+def _unfit(
+    block: Block, method: Sparsity, sites: list[NeuronSite], original: Blocks, calibration: Calibration | None
+) -> Refusal | None:
+    """Why a method has nothing to do here; None if it has."""
+    where = _where(block)
+    if not sites and isinstance(block, Mlp) and "gate" in method.acts_at:
+        return Refusal("not-gated", f"{method.name} thresholds the gate of an MLP, and this one has none", where)
+    if not sites:
+        return None
+    if method.phase == "decode" and not decodes(original):
+        if prompts(original):
+            return Refusal("prefill", f"{method.name} acts on one token a sequence; phase='masked' on all", where)
+        return Refusal("no-decode", f"{method.name} acts while decoding, which this is no model for", where)
+    if any(linear.weight is None for site in sites for linear in site.linears) or not all(s.linears for s in sites):
+        return Refusal("weight", "the weight of one of its linears is computed, and no parameter", where)
+    if method.calibrated and calibration is None:
+        how = f"calibration=tokred.calibrate(model, batches, recipe={method.name!r})"
+        return Refusal("no-calibration", f"{method.name} takes its thresholds from a calibration: {how}", where)
+    return None
+
+
+def _where(block: Block) -> str:
+    return f"{block.module} ({block.source})" if block.module else block.source
+
+
+def _told(
+    site: NeuronSite,
+    method: Sparsity,
+    calibration: Calibration | None,
+    parameters: Mapping[str, Tensor],
+    gm: fx.GraphModule,
+) -> NeuronSite:
+    """The site with what the calibration measured there. Raises CalibrationError if it is of another model."""
+    if calibration is None or not method.calibrated:
+        return site
+    for linear in site.linears:
+        weight: Any = linear.weight
+        value = parameters[weight.name] if weight.op == "placeholder" else getattr(gm, weight.target)
+        sketch = calibration.sketch(site.measured, linear.name, value)
+    return site.at(sketch=sketch)
+
+
+def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int) -> str:
+    words = method.words(site.place)
+    if _skips(method) and (reason := readable(site, parameters)):
+        words = f"{words} by masking: {reason}"
+    return f"{site.place.role}: {words}" if of > 1 else words
+
+
+def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
+    """What a method leaves unread at a site, if what a calibration found holds."""
+    values = tensor_meta(site.values)
+    assert values is not None and isinstance(method, Threshold)
+    linears = list(site.linears)
+    if site.place.role == "gate" and isinstance(site.block, Mlp) and site.block.gating is not None:
+        up = linear_of(site.block.gating.up.linear)
+        linears = [*site.block.outputs, *([] if up is None else [up])]
+    weights = [meta for linear in linears if (meta := tensor_meta(linear.weight)) is not None]
+    sizes = [weight.numel() for weight in weights]
+    if site.place.role == "gate" and site.block.form == "packed":
+        sizes[-1] //= 2
+    return Skipped(values, sum(sizes), len(linears), _active(site, method))
+
+
+def _active(site: NeuronSite, method: Threshold) -> float:
+    sketch = site.place.sketch
+    return 1.0 if sketch is None else 1 - sketch.share(method.threshold_at(site.place))
+
+
+def _skips(method: Sparsity) -> bool:
+    """Whether weights are skipped where they can be; else all is computed and masked."""
+    return isinstance(method, Threshold) and method.phase == "decode"
+
+
+def _rewrite(
+    done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSite, Sparsity]], parameters: Mapping[str, Tensor]
+) -> None:
+    """Write what was decided into a copy of the graph; a method that raises is refused there."""
+    copy = copy_graph(gm)
+    copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+    skipping = Skipping(copy.graph, copies, parameters)
+    changed: list[fx.Node] = []
+    for site, method in chosen:
+        try:
+            if isinstance(method, Threshold) and _skips(method) and not readable(site, parameters):
+                changed += _skip(skipping, site, method)
+            else:
+                changed.append(_mask(copy.graph, copies, site, method))
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
+            done.refused[site.block] = (method, Refusal("method-raised", reason, _where(site.block)))
+            done.applied.pop(site.block, None)
+    if changed:
+        refresh(copy.graph, changed)
+        keep_output_strides(copy, gm)
+        copy.graph.eliminate_dead_code()
+        copy.recompile()
+        done.graph = copy
+
+
+def _skip(skipping: Skipping, site: NeuronSite, method: Threshold) -> list[fx.Node]:
+    """Let operators that skip weights compute what a threshold defines; returns what is new in the graph."""
+    place = site.place
+    threshold = method.threshold_at(place)
+    active = _active(site, method)
+    if place.role != "gate":
+        return skipping.inputs(site.linears, threshold, active)
+    new = skipping.gated(site, threshold, active)
+    if new:
+        return new
+    masked = _mask(skipping.graph, skipping.copies, site, method)
+    return [masked, *skipping.inputs(site.block.outputs, 0.0, active)]  # type: ignore[union-attr]
+
+
+def _mask(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Sparsity) -> fx.Node:
+    """Let what reads the site's values read the masked ones, which are returned."""
+    values, before = copies[site.values], set(graph.nodes)
+    readers = [copies[node] for node in site.readers]
+    meta = tensor_meta(values)
+    assert meta is not None
+    with graph.inserting_before(min(readers)):
+        masked = record(graph, partial(_masked, method=method, place=site.place, channel=site.channel), (values,))
+    now = tensor_meta(masked)
+    if now is None or not same_shape(now.shape, meta.shape) or now.dtype != meta.dtype:
+        shown = "no tensor" if now is None else f"{list(now.shape)} {now.dtype}"
+        raise ValueError(f"masked() gives {shown} for {list(meta.shape)} {meta.dtype}")
+    inherit([node for node in graph.nodes if node not in before], values)
+    for reader in readers:
+        reader.replace_input_with(values, masked)
+    found: fx.Node = masked
+    return found
+
+
+def _masked(values: Tensor, *, method: Sparsity, place: Neurons, channel: int) -> Tensor:
+    if channel == -1:
+        return method.masked(values, place)
+    return method.masked(values.movedim(channel, -1), place).movedim(-1, channel)
