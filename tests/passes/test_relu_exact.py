@@ -129,5 +129,5 @@ def test_generating_with_a_relu_decoder(free: None) -> None:
     found = tokred.compile(model, lower="aot_eager").generate(prompt, **settings)
     assert torch.equal(found, wanted)
     changed = [each.changes for graph in tokred.reports().graphs for each in graph.passes if each.name == "relu_exact"]
-    assert 2 in changed and 0 in changed  # decoding, and the prompt
+    assert sorted(changed) == [1, 2, 2]  # of a prompt, only the last layer computes a single row: its last
     torch.compiler.reset()
