@@ -91,6 +91,23 @@ def test_generation_goes_on_behind_the_new_numbers(name: str, recipe: str) -> No
     assert wanted.tolist() != persistent.tolist(), "the numbers make no difference"
 
 
+@pytest.mark.slow
+def test_a_new_prompt_length_is_numbered_as_it_would_be_alone() -> None:
+    model, results = build("llama"), []
+    fast = tokred.compile(model, "fastv(layer=2, keep=0.5)", **COMPACT)
+    for length in (LENGTH, LENGTH + 7, LENGTH + 16):
+        ids = torch.randint(3, 98, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            results.append((ids, fast(input_ids=ids).logits))
+    acted = [block for graph in tokred.reports().graphs for block in graph.blocks if block.method]
+    assert len(acted) == 2 and not any(block.refusal for block in acted)
+    ids, logits = results[-1]
+    torch.compiler.reset()
+    with torch.no_grad():
+        alone = tokred.compile(model, "fastv(layer=2, keep=0.5)", dynamic=False, **COMPACT)(input_ids=ids).logits
+    torch.testing.assert_close(logits, alone, rtol=1e-9, atol=1e-9)
+
+
 def test_positions_that_were_added_to_the_tokens_are_refused() -> None:
     model, inputs = build("gpt2"), prompts()
     with torch.no_grad():

@@ -85,6 +85,7 @@ def test_masks_that_are_given_do_not_recompile_with_each_token() -> None:
     model.generate(**given, do_sample=False, max_new_tokens=6)
     graphs = tokred.reports().graphs
     assert len(graphs) <= 3, "a graph for each step"
+    assert not any(graph.notes for graph in graphs)
     assert sum(bool(b.method and not b.refusal) for graph in graphs for b in graph.blocks) == 1
 
 

@@ -89,6 +89,8 @@ def _spans(given: Any) -> dict[str, Any]:
     A callable gets one argument, a dict of the model's tensor inputs in this graph by the names of its forward
     ("input_ids", "attention_mask", ...; positional ones are "args[0]" where forward is wrapped), and returns a boolean
     mask [N] or [B N]. It is traced into the graph: plain tensor code, without decisions that depend on data.
+    A visual span that ends at both ends of prompts of many lengths, (9, -5), has no fixed number of rows: methods are
+    refused where Dynamo makes one graph for all lengths, and act with `dynamic=False`.
     """
     if not isinstance(given, dict):
         raise OptionError(f"option spans={given!r}: a dict such as {{'visual': (35, 611)}}")

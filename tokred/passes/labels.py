@@ -38,6 +38,8 @@ class Labels:
         for name in self._asked(block, method):
             span, each = self.spans.of(block, name), self._per_image(block) if name == "images" else None
             found = FOUND[name] if each is None else f"the encoder's {each} features of each"
+            if name == "padding" and self._valid(block) is None:
+                found = "no mask, so there are none"
             lines.append(f"{name} rows from {found if span is None else span.found}")
         return lines
 
