@@ -58,6 +58,13 @@ def test_raters_are_words_that_resemble_the_image(padded: bool) -> None:
         assert all(0 < len(some) < text for some, text in zip(wanted, texts, strict=True))
 
 
+def test_only_text_shares_the_likeness_of_a_patch() -> None:
+    """A patch that no word resembles gives its whole share to the words all the same."""
+    for seed in range(12):
+        site = early(make_site(PLACE, dtype=torch.float64, seed=seed), 6)
+        assert rows(METHOD.prepare(site)) == raters(site), f"seed {seed}"
+
+
 def test_one_word_rates_although_it_is_not_above_the_mean() -> None:
     site = early(make_site(PLACE, dtype=torch.float64), 1)
     assert rows(METHOD.prepare(site)) == [[30]] * 3
