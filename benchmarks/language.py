@@ -54,6 +54,14 @@ in a context of {context} tokens, then each key once, and the value behind it is
 - Methods that drop or merge tokens have no perplexity: which tokens stay is chosen with the whole text in sight, and
   dropped ones predict nothing. They cut between the two layers, `zoo_prune` in front of both.
   `token_sparse_attention` leaves tokens out of the second layer's attention alone; what it was asked is `coverage`.
+
+What the table of 2026-11-23 shows. Which neurons are left out matters: half of them by the size of their gate cost
+0.5 % of perplexity, at random they double it. The ReLU model's gates are zero for 56 % of all neurons without being
+asked. Recall says nothing about neurons: this task needs attention alone, 90 % of the neurons, chosen at random, can
+go. It tells methods for tokens apart. `norm` loses nothing as long as 30 % of the context are kept (in front of the
+cut keys have a norm of 9.6 on average, values of 13.4, filler of 6.8; in 10 % there is room for four values of
+eight). Neighbours merged by `pool` are still told apart at 50 %. `fastv` and `corematching` choose by what the last
+token looks at, which here is one question of eight or filler; they are made for prompts that end with their question.
 """
 
 
@@ -81,7 +89,7 @@ def render(found: dict[str, Any]) -> str:
         measured = table.Row(**found[row.key]["row"])
         cells = "".join(f" {cell} |" for cell in table.cells(measured))
         lines.append(f"| {row.level} % | {row.activation} | `{row.recipe}` |{cells}")
-    sections = [text, "\n".join(lines) + "\n"]
+    sections = [text, "\n".join(lines)]
     for kind in ("run", "speed"):
         if machines := [found[row.key][kind] for row in rows if kind in found[row.key]]:
             sections.append(measured_on(kind, machines).replace("Accuracy", "Scores"))
