@@ -39,11 +39,11 @@ def relu_exact(gm: fx.GraphModule, log: list[str], inputs: list[Any]) -> fx.Grap
     Not where a gradient is wanted, and not where what half of the neurons' weights take to read is less than a call.
     """
     places = gm.graph.find_nodes(op="placeholder")
-    parameters = dict(zip(places, inputs, strict=True))
+    parameters = dict(zip(places, inputs, strict=False))  # copies of weights are behind them
     if not any(_pays(node, parameters) for node in gm.graph.nodes):
         return gm
     gm = copy_graph(gm)
-    parameters = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    parameters = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
     zero: fx.Node | None = None
     before = {node for node in gm.graph.nodes if not node.users}
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
