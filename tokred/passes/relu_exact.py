@@ -9,6 +9,7 @@ second, neuron-major copy of fc2's weight, shared by all graphs (tokred.compiler
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -76,9 +77,11 @@ def _pays(node: fx.Node, parameters: dict[fx.Node, Any]) -> bool:
     if node.target is not aten.linear.default or result is None or result.dtype not in TYPES:
         return False
     op = Op(node)
-    weight, rows = op.operand("weight"), result.shape[:-1].numel()
-    parameter = parameters.get(weight)
-    if not isinstance(rows, int) or not 1 <= rows <= TOKENS or not _behind_relu(op.operand("input")):
+    weight, parameter = op.operand("weight"), parameters.get(op.operand("weight"))
+    if not all(isinstance(size, int) for size in result.shape):  # a comparison would fix a run-time size
+        return False
+    rows = prod(result.shape[:-1])
+    if not 1 <= rows <= TOKENS or not _behind_relu(op.operand("input")):
         return False
     if not is_parameter(weight) or parameter is None or parameter.dim() != 2 or untracked(parameter):
         return False
