@@ -133,7 +133,7 @@ def summary(seconds: dict[str, list[float]], gain: float | None) -> dict[str, fl
         saved = 1 - 1 / found["x inductor, recipe"]  # of Inductor's time
         if gain is not None:
             found["predicted"] = 1 / (1 - share * (1 - 1 / gain))
-        elif saved < share:
+        elif share > max(saved, 0):
             found["the MLPs' own gain"] = share / (share - saved)
     return found
 
