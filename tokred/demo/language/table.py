@@ -185,7 +185,7 @@ def calibration(model: Any, number: int = 32) -> Any:
         ids = windows(corpus(held_out=False).tokens(), number, text.WINDOW)[:, :-1]
     else:
         ids = associative.pairs(4 * number, seed=3).input_ids
-    return vars(tokred)["calibrate"](model, [{"input_ids": each} for each in ids.split(BATCH)])
+    return tokred.calibrate(model, [{"input_ids": each} for each in ids.split(BATCH)])
 
 
 def score(models: dict[str, Any], tokens: Tensor, data: Pairs, row: Row) -> Row:
