@@ -8,6 +8,7 @@ from tokred.compiler.report import Refusal, Report
 from tokred.errors import TokredError
 from tokred.explain import explain
 from tokred.registry.attention import AttentionRewrite, Effort
+from tokred.registry.frames import FrameFusion, Frames
 from tokred.registry.maps import Keep, Merge, Soft, TokenMap
 from tokred.registry.method import Method, Reduction
 from tokred.registry.recipe import Recipe
@@ -17,6 +18,8 @@ from tokred.registry.site import Place, Site
 __all__ = [
     "AttentionRewrite",
     "Effort",
+    "FrameFusion",
+    "Frames",
     "Keep",
     "Merge",
     "Method",
