@@ -10,6 +10,7 @@ from tokred.compiler.report import Refusal, Report
 from tokred.errors import TokredError
 from tokred.explain import explain
 from tokred.registry.attention import AttentionRewrite, Effort
+from tokred.registry.frames import FrameFusion, Frames
 from tokred.registry.maps import Keep, Merge, Soft, TokenMap
 from tokred.registry.method import Method, Reduction
 from tokred.registry.neurons import Neurons, Sparsity
@@ -21,6 +22,8 @@ __all__ = [
     "AttentionRewrite",
     "Calibration",
     "Effort",
+    "FrameFusion",
+    "Frames",
     "Keep",
     "Merge",
     "Method",

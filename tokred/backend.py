@@ -76,7 +76,7 @@ def compile(
     A transformers model with `generate()` comes back as one that shares its parameters and whose caches know which
     tokens they hold, so that generation goes on correctly behind a prefill that dropped some.
     """
-    parse_options({"recipe": recipe, **options}, mode)
+    recipe = parse_options({"recipe": recipe, **options}, mode).recipe  # the same methods for all graphs
     companion = isinstance(model, torch.nn.Module) and getattr(model, "can_generate", bool)()
 
     def tokred(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

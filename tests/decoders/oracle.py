@@ -291,7 +291,7 @@ def mixture_of_depths(
         through[layer] = []
         for sample in range(len(x)):
             rows = visual[sample].nonzero().squeeze(-1).tolist()
-            weight, bias = routers[f"layers.{layer}.router.weight"].flatten(), routers[f"layers.{layer}.router.bias"]
+            weight, bias = (routers[f"layers.{layer}.router.{part}"].flatten() for part in ("weight", "bias"))
             logits = {row: float((weight * x[sample, row]).sum() + bias) for row in rows}
             chosen = sorted(rows, key=lambda row: -logits[row])[: counts[layer]]
             for row in rows:

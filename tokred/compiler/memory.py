@@ -45,13 +45,13 @@ class Memory:
 def carrying(compiled: Callable[..., Any], memory: Memory) -> Callable[..., Any]:
     """`compiled` as the model's own graph is called. The state is this callable's; its method's `restart` ends it."""
     state: list[Tensor] = []
-    restarts = memory.method.restarts
+    own_graph = object()
 
     def call(*inputs: Any) -> Any:
-        nonlocal state, restarts
+        nonlocal state
         fresh = memory.fresh(inputs)
-        if not state or restarts != memory.method.restarts or [x.shape for x in state] != [x.shape for x in fresh]:
-            state, restarts = fresh, memory.method.restarts
+        if not memory.method.follows(own_graph) or [x.shape for x in state] != [x.shape for x in fresh]:
+            state = fresh
         own, carried, _ = memory.split(compiled(*inputs, *state))
         state = [x.detach().clone() for x in carried]  # a CUDA graph would write into its results again
         return own

@@ -29,6 +29,7 @@ __all__ = ["Fused", "fuse_frames"]
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding}  # the second has its padding in words
 
 
 @dataclass
@@ -110,7 +111,7 @@ def _pixels(tower: Tower) -> tuple[fx.Node, int, int]:
     queue, seen, convolutions = [tower.stream], {tower.stream}, []
     while queue:
         node = queue.pop()
-        if node.target is aten.conv2d.default:
+        if node.target in CONVOLUTIONS:
             convolutions.append(node)
             continue
         for source in node.all_input_nodes:
@@ -123,7 +124,9 @@ def _pixels(tower: Tower) -> tuple[fx.Node, int, int]:
         images, kernel = tensor_meta(op["input"]), tensor_meta(op["weight"])
         assert images is not None and kernel is not None
         side, size = kernel.shape[-1], list(images.shape[1:])
-        whole = list(kernel.shape[2:]) == list(op["stride"]) == [side, side] and not any(op["padding"])
+        padding = op["padding"]
+        whole = padding == "valid" if isinstance(padding, str) else not any(padding)
+        whole = whole and list(kernel.shape[2:]) == list(op["stride"]) == [side, side]
         if whole and size[0] == 3 and all(isinstance(n, int) and n % side == 0 for n in size[1:]):
             if size[1] * size[2] == patches * side * side:
                 found: fx.Node = op["input"]

@@ -33,19 +33,21 @@ class FrameFusion(Method):
     """Other image tokens for the language model, made of those of this call and those of the call before.
 
     What is kept goes into the graph as inputs and comes out as results. Each compiled graph holds its own; it starts
-    with nothing, and again where it is called with another number of images, or after `restart`.
+    with nothing, and again with another number of images, after `restart`, or if another graph that was compiled with
+    this very object was called in between.
     """
 
-    _restarts: ClassVar[int] = 0
-
-    @property
-    def restarts(self) -> int:
-        """How often `restart` was called."""
-        return self._restarts
+    _latest: ClassVar[object] = None
 
     def restart(self) -> None:
-        """Forget all frames, as at the start of an episode: holds for every graph compiled with this very object."""
-        object.__setattr__(self, "_restarts", self._restarts + 1)
+        """Forget all frames, as at the start of an episode: for every graph that was compiled with this very object."""
+        object.__setattr__(self, "_latest", None)
+
+    def follows(self, graph: object) -> bool:
+        """Whether `graph` made the last call; from now on it did."""
+        before = self._latest
+        object.__setattr__(self, "_latest", graph)
+        return before is graph
 
     def looks(self, depth: int) -> int | None:
         """The layer of the language model, from 0, whose attention is the relevance; None where it is not needed."""
