@@ -26,6 +26,7 @@ def by_geometry(values):
         ([7, 100, 6, 9, 90, 10, 8], 2),  # in any order
         ([5, 5, 5, 1, 1, 1, 1, 1, 1], 3),
         ([9, 8, 3, 3, 3, 2], 2),  # those as high as the elbow are behind it
+        ([10, 5.5, 3, 2.5, 0], 1),  # the first of two that are as far
         ([4, 3, 2, 1], 4),
         ([2, 2, 2], 3),
         ([1], 1),
