@@ -23,13 +23,12 @@ from tokred.registry.visual import DiverseCut
 @register("prune", "catp")
 @dataclass(frozen=True)
 class CATP(DiverseCut):
-    """Keep the visual tokens Y that maximise facility location plus alignment with the text, greedily; in prompts of
-    several images, drop more behind two early layers.
+    """Keep visual tokens that stand for all and fit the text; with several images, drop more behind two early layers.
 
     Li, Yang, Shen, Han, Xu, Tang: "CATP: Contextually Adaptive Token Pruning for Efficient and Enhanced Multimodal
     In-Context Learning", AAAI 2026, arXiv 2508.07871. No code was released. Positions persist.
 
-    Stage 1, for each image: F(Y) = sum over all its x of max(0, max over y in Y of cos(x, y)) + weight * sum over y in
+    Stage 1, for each image, chooses Y greedily: F(Y) = sum over all its x of max(0, max over y in Y of cos(x, y)) + weight * sum over y in
     Y of (1 + cos(y, t)) / 2, where t is the mean embedding of the text between it and the next image.
 
     Stage 2 is for prompts that show images of examples, the context, before the one that is asked about. Behind layer
