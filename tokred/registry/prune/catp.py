@@ -28,8 +28,9 @@ class CATP(DiverseCut):
     Li, Yang, Shen, Han, Xu, Tang: "CATP: Contextually Adaptive Token Pruning for Efficient and Enhanced Multimodal
     In-Context Learning", AAAI 2026, arXiv 2508.07871. No code was released. Positions persist.
 
-    Stage 1, for each image, chooses Y greedily: F(Y) = sum over all its x of max(0, max over y in Y of cos(x, y)) + weight * sum over y in
-    Y of (1 + cos(y, t)) / 2, where t is the mean embedding of the text between it and the next image.
+    Stage 1, for each image, chooses Y greedily: F(Y) = sum over all its x of max(0, max over y in Y of cos(x, y)) +
+    weight * sum over y in Y of (1 + cos(y, t)) / 2, where t is the mean embedding of the text between it and the next
+    image.
 
     Stage 2 is for prompts that show images of examples, the context, before the one that is asked about. Behind layer
     `second`, K, all tokens of the context together are ranked by max(0, A^K - A^(K-1)) + affinity * cos(h, q): A is the
