@@ -29,6 +29,8 @@ __all__ = ["PrunedLayer", "traced_whole", "with_pruned_caches"]
 
 log = logging.getLogger("tokred")
 
+ENCODE = "_maybe_prepare_encoder_kwargs_for_generation"
+
 
 class PrunedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A dynamic cache layer without some of the prompt's tokens.
@@ -102,7 +104,27 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
         return output
 
     result.forward = forward
+    if vision and hasattr(model, ENCODE):
+        setattr(result, ENCODE, _encode_in_prefill(getattr(model, ENCODE)))
     return result
+
+
+def _encode_in_prefill(ahead: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of `ahead`, with which generate() encodes images in front of the prefill, op by op.
+
+    Pixels go into the prefill's own graph, where the encoder is compiled and methods see it. Where generate() repeats
+    samples, or prefills in parts, it is `ahead` that knows which image is whose.
+    """
+
+    @wraps(ahead)
+    def prepare(inputs: Any, model_kwargs: dict[str, Any], name: Any, config: Any) -> dict[str, Any]:
+        repeats = any((getattr(config, option, None) or 1) > 1 for option in ("num_beams", "num_return_sequences"))
+        if repeats or getattr(config, "prefill_chunk_size", None):
+            encoded: dict[str, Any] = ahead(inputs, model_kwargs, name, config)
+            return encoded
+        return model_kwargs
+
+    return prepare
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from tokred.compiler.align import Value
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.caches import find_caches
@@ -19,12 +18,12 @@ from tokred.compiler.capture import tensor_meta
 from tokred.compiler.causal import is_causal
 from tokred.compiler.lift import Lift
 from tokred.compiler.options import Options
-from tokred.compiler.positions import CODE, Positions
 from tokred.compiler.report import Refusal
-from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Stage, rows_of
 from tokred.compiler.suffix import Suffix, follow
+from tokred.passes.compact_positions import CODE, CompactPositions
+from tokred.passes.detours import Detour, Detours
 from tokred.passes.site_tensors import SiteTensors, number, rows_at, tower_of
 from tokred.passes.sites import node_to_cut, place_of, refuse, unfit
 from tokred.registry.maps import TokenMap
@@ -98,17 +97,6 @@ def reduce_tokens(
         return Reduced(gm, {}, reduced.refused, anchors={block: block.anchor for block in blocks.attentions})
 
 
-@dataclass
-class _Skipped:
-    """What goes around a layer: the stream that entered it, and the nodes of the token map and of [B N] weights."""
-
-    block: Attention
-    entered: Value
-    stage: Stage
-    token_map: Any
-    weight: fx.Node
-
-
 class _SiteFailed(Exception):
     """What must not act, by block and method, and why."""
 
@@ -134,11 +122,10 @@ class _Run:
         self.lift = Lift(gm)
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
-        self.skipped: dict[fx.Node, _Skipped] = {}  # by the node that ends the layer
+        self.detours = Detours(self.lift)
         self.spans = {b: spans.of(b, "visual") for b in blocks.attentions}
         self.tensors = SiteTensors(self.lift, axes, blocks, spans)
-        self.positions = Positions(gm)
-        self.lift.aligner.tables = self.positions.tables
+        self.positions = CompactPositions(gm, blocks.attentions, self.lift, self.tensors)
 
     def go(self, *, trace: bool) -> Reduced:
         attentions = self.blocks.attentions
@@ -146,11 +133,11 @@ class _Run:
             (node, scope): b for scope in SCOPES for b in attentions if (node := node_to_cut(b, scope)) is not None
         }
         for node in self.gm.graph.nodes:
-            self._guarded(partial(self._visit, node))
+            self._guarded(partial(self.detours.visit, node))
             for scope in SCOPES:
                 if (node, scope) in sites:
                     self._try(sites[node, scope], scope)
-        self._guarded(self._prove_renumbered)
+        self._guarded(self.positions.prove)
         self._check_caches()
         for block in attentions:
             self._explain_rest(block)
@@ -189,39 +176,6 @@ class _Run:
                     sites[block, applied.method.name] = refuse("unknown-cache", reason, block)
         if sites:
             raise _SiteFailed(sites)
-
-    def _visit(self, node: fx.Node) -> None:
-        """Run a node; where a layer ends that tokens went around, they are back in its value."""
-        skipped = self.skipped.get(node)
-        if skipped is None:
-            self.lift.visit(node)
-            return
-        block, entered = skipped.block, skipped.entered
-        swap, stage = block.token_dim < block.batch_dim, skipped.stage
-
-        def factor(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:  # [B N] as [B N 1] or [N B 1]
-            return (weight.t() if swap else weight).unsqueeze(-1).to(like.dtype)
-
-        added = next(arg for arg in node.all_input_nodes if arg is not block.join)
-        branch = self.lift.env[added]
-        rows = rows_at(branch, block.token_dim)
-        pull = rows is not None and rows.stage is stage
-        weighed = self.lift.emit(
-            lambda x, m, w: x * factor(m.pull(w) if pull else w, x), branch.node, skipped.token_map, skipped.weight
-        )
-        self.lift.redirect[added, node] = Value(weighed, branch.layout, branch.origin)
-        self.lift.visit(node)
-        left = self.lift.env[node]
-        rows = rows_at(left, block.token_dim)
-        if rows is None or rows.stage is not stage:
-            raise ValueError("tokens are cut inside of a layer that others go around")
-
-        def back(x: torch.Tensor, old: torch.Tensor, m: TokenMap, w: torch.Tensor) -> torch.Tensor:
-            old = old * factor(w, old)
-            return m.restore(x.transpose(0, 1), old.transpose(0, 1)).transpose(0, 1) if swap else m.restore(x, old)
-
-        whole = self.lift.emit(back, left.node, entered.node, skipped.token_map, skipped.weight)
-        self.lift.env[node] = Value(whole, entered.layout, node)
 
     # -- one site -----------------------------------------------------------------------------------------------------
 
@@ -288,7 +242,7 @@ class _Run:
         companion = self.options.companion
         refusal = unfit(block, method, place, span, self.tensors, self.caches, companion=companion)
         compact = self.options.positions == "compact" and is_causal(block)
-        if refusal is None and compact and (reason := self._fixed(block, method)):
+        if refusal is None and compact and (reason := self.positions.why_not(block, method)):
             refusal = refuse(CODE, reason, block)
         if refusal is not None:
             return refusal
@@ -307,10 +261,10 @@ class _Run:
         stage = self._stage(value, block, place, token_map, reduced, exits)
         stage.ordered, stage.compact = method.merges == "visual" and is_causal(block), compact
         if compact:
-            self._assert_consecutive(block, stage)
+            self.positions.assert_consecutive(block, stage)
         self.lift.cut(node, block.batch_dim, block.token_dim, stage, reduced, users)
         if end is not None and weight is not None:
-            self.skipped[end] = _Skipped(block, value, stage, token_map, weight)
+            self.detours.open(end, Detour(block, value, stage, token_map, weight))
         wants = method.wants_at(block.layer, block.depth)
         blind = span is not None and "tower" in wants and self.tensors.tower(span, method) is None
         parts = [f"visual rows from {span.found}"] if span is not None else []
@@ -366,51 +320,6 @@ class _Run:
                 f"the map leaves {kept} of {place.tokens} tokens, {place.head + place.tail} of them protected"
             )
         return token_map, reduced, weight
-
-    # -- positions ----------------------------------------------------------------------------------------------------
-
-    def _fixed(self, block: Attention, method: Reduction) -> str:
-        """Why the tokens that a method leaves here cannot be numbered anew; empty where they can."""
-        if method.scope == "round_trip":
-            return f"{method.name} brings all tokens back behind one attention: their positions stay what they are"
-        if method.skips:
-            return f"{method.name} brings all tokens back behind one layer: their positions stay what they are"
-        first = block.layer if method.scope == "layer" else block.layer + 1
-        others = [b for b in self.blocks.attentions if (b.axis, b.form) == (block.axis, block.form)]
-        return self.positions.fixed([b for b in others if b.layer >= first])
-
-    def _assert_consecutive(self, block: Attention, stage: Stage) -> None:
-        """The rows that a compact stage takes from rotary tables hold numbers one behind the other, but for padding."""
-        node = self.positions.numbers(block)
-        if node is None:  # only the last attention's tokens are renumbered, for nobody
-            return
-        valid = self.tensors.labels.padding(block, stage)
-        count, message = stage.length, "tokred: positions='compact' of a prompt whose positions are not 0, 1, 2, ..."
-
-        def check(numbers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-            late = numbers.reshape(-1, numbers.shape[-1])[:, numbers.shape[-1] - count :]
-            fits = late.diff(dim=1) == 1
-            fits = fits if valid is None else fits | ~valid[:, 1:] | ~valid[:, :-1]
-            torch.ops.aten._assert_async.msg(fits.all(), message)
-            return late
-
-        self.tensors.run_ahead(node)
-        self.lift.emit(check, self.lift.env[node].node, valid)
-
-    def _prove_renumbered(self) -> None:
-        """Whatever reads a rotary table behind a compact cut took consecutive positions from it."""
-        env, done = self.lift.env, self.lift.aligner.renumbered
-
-        def compact(node: fx.Node) -> bool:
-            return any(stage.compact for _, _, rows in rows_of(env[node].layout) for stage in rows.stage.chain)
-
-        wanted = {node for node in self.positions.turned if isinstance(env[node], Value) and compact(node)}
-        for block in self.blocks.attentions:
-            stream = residual_of(block.join) if block.join is not None else None
-            if stream is not None and block.refusal is None and compact(stream):
-                wanted.update(self.positions.turning(block))
-        if wanted - done:
-            raise ValueError(f"{min(wanted - done).name} does not take consecutive positions")
 
     def _kept_in_caches(self) -> tuple[fx.Node, ...]:
         """For each cache that became shorter, [B K] which of the axis' own rows are left: more results of the graph."""
