@@ -344,7 +344,7 @@ def test_a_graph_that_cannot_be_captured_inside_a_vmap_is_compiled_unchanged() -
     """Dynamo's graph opens and closes the vmap by calls; a trace that fails between them must close it as well."""
 
     def function(x: Tensor) -> Tensor:
-        return torch.vmap(lambda row: (row * 2).sum())(x) + x.relu().sum()
+        return torch.vmap(lambda row: (row * torch.tensor(2.0)).sum())(x) + x.relu().sum()
 
     x = torch.randn(3, 4)
     fast = torch.compile(function, backend="tokred", options={"lower": "eager"})

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tokred
 from tests.decoders import oracle
+from tests.decoders.diverse import encoder
 from tests.decoders.models import IMAGE, PATCHES, SPAN, build, prompts
-from tests.decoders.test_vision_tower import encoder
 from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
 

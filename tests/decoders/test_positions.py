@@ -10,14 +10,14 @@ import transformers as hf
 from torch import Tensor
 
 import tokred
-from tests.decoders import oracle
+from tests.decoders import diverse, oracle
 from tests.decoders.models import LENGTH, SIZES, SPAN, build, prompts
 from tokred.errors import OptionError
 
 METHODS: dict[str, oracle.Selection] = {
     "fastv(layer=2, keep=0.5)": oracle.fastv(2, 0.5),
     "pyramiddrop()": oracle.pyramiddrop([1, 2, 3], 0.5),
-    "todre(keep=0.4)": oracle.todre(0.4, exit_layer=4),
+    "todre(keep=0.4)": diverse.todre(0.4, exit_layer=4),
 }
 CASES = [("llama", "fastv(layer=2, keep=0.5)"), ("llama", "todre(keep=0.4)"), ("qwen3", "pyramiddrop()")]
 COMPACT: dict[str, Any] = {"lower": "eager", "positions": "compact", "spans": {"visual": SPAN}}

@@ -43,7 +43,9 @@ def early(site: Site, behind: int) -> Site:
     """The same site with the image at the front and `behind` tokens of text after it, but for what is padding."""
     inside = torch.zeros_like(site.inside)  # type: ignore[arg-type]
     inside[:, site.tokens - behind - 12 : site.tokens - behind] = True
-    return replace(site, inside=inside)
+    valid = torch.ones_like(inside) if site.valid is None else site.valid
+    behind_it = torch.arange(site.tokens) >= site.tokens - behind
+    return replace(site, inside=inside, spans={"instruction": behind_it & valid})
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -146,5 +146,5 @@ def test_routed_experts_are_named_and_refused():
     model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes)).eval()
     run(compiled(model, "cats(threshold=0.1, phase='masked')"), example("llama"))
     (row,) = [block for block in tokred.reports().graphs[0].blocks if block.kind == "mlp"]
-    assert (row.form, row.refusal.code) == ("experts", "experts")
+    assert (row.form, row.refusal.code) == ("routed", "experts")
     assert row.module == "model.layers.0.mlp.experts"

@@ -1,5 +1,7 @@
 """Counts by the elbow, against geometry in plain Python."""
 
+import math
+
 import pytest
 import torch
 
@@ -72,8 +74,9 @@ def test_core_neurons_are_those_that_most_real_tokens_fire():
     site = make_site(Place(layer=6, depth=12, tokens=29, span=12, whole=12), dtype=torch.float64, padded=True)
     neurons = site.neurons.clamp(min=0)  # a neuron that is exactly zero does not fire
     found = core_matches(neurons, site.valid, 0.3)
+    width = neurons.shape[-1]
     for sample in range(3):
         fires = (neurons[sample] > 0).tolist()
-        often = [sum(row[n] for row, real in zip(fires, site.valid[sample], strict=True) if real) for n in range(48)]
-        core = sorted(range(48), key=lambda n: (-often[n], n))[:15]  # ceil(0.3 * 48)
+        often = [sum(row[n] for row, real in zip(fires, site.valid[sample], strict=True) if real) for n in range(width)]
+        core = sorted(range(width), key=lambda n: (-often[n], n))[: math.ceil(0.3 * width)]
         assert found[sample].tolist() == [sum(row[n] for n in core) for row in fires]

@@ -60,7 +60,9 @@ class Spans:
 
     def __init__(self, gm: fx.GraphModule, given: dict[str, Any], inputs: list[Any]):
         self.gm, self.given = gm, given
-        self.inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        self.inputs = dict(
+            zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False)
+        )  # what a pass added comes last
         self._known: dict[tuple[Any, ...], Span | None] = {}
         self._made: list[fx.Node] = []
 

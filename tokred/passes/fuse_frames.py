@@ -58,6 +58,11 @@ def fuse_frames(gm: fx.GraphModule, blocks: Blocks, options: Options) -> Fused:
     """Let the recipe's FrameFusion choose what the language model reads. Graphs without images stay as they are."""
     methods = options.recipe.of(FrameFusion)
     spans = [(block, span) for block in blocks.attentions if (span := scattered_span(block)) is not None]
+    if methods and not spans and "visual" in options.spans:
+        reason = f"{methods[0].name}: no vision encoder shows, but rows that the option spans names"
+        return Fused(
+            gm, refusals=[refuse("no-vision-tower", reason, blocks.attentions[0])] if blocks.attentions else []
+        )
     if not methods or not spans:
         return Fused(gm)
     block, span = spans[0]

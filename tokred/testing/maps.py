@@ -156,6 +156,7 @@ def _check_alone(method: Reduction, site: Site, token_map: TokenMap, where: str)
     row = _row(site, site.batch)
     if site.tower is not None:
         row["tower"] = replace(site.tower, **_row(site.tower, site.batch))
+    row["spans"] = {name: span[1:2] for name, span in site.spans.items()}
     alone = method.plan(replace(site, **row)).reduce(site.hidden[1:2])
     _close(alone, token_map.reduce(site.hidden)[1:2], f"{where}: a sample's tokens depend on the other samples")
 
