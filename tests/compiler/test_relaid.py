@@ -98,13 +98,66 @@ def test_one_copy_serves_all_and_goes_with_its_parameter() -> None:
         assert Relaid.of(weight) is copy and copy.data_ptr() == address and torch.equal(copy, weight.T)
         weight.data = torch.randn(3, 5)
         assert torch.equal(Relaid.of(weight), weight.T) and Relaid.total() - start == 60
-        weight.data.mul_(2)  # which nothing tells
-        assert not torch.equal(Relaid.of(weight), weight.T)
-        Relaid.forget()
-        assert torch.equal(Relaid.of(weight), weight.T)
     del weight
     gc.collect()
     assert Relaid.total() == start
+
+
+def merged(weight: nn.Parameter) -> None:
+    """As PEFT merges LoRA branches: the same memory, and no new version."""
+    weight.data += torch.randn(40, 1) @ torch.randn(1, 40)
+
+
+def loaded_again(weight: nn.Parameter) -> None:
+    """As offloading does; what is loaded often lies where the weight was."""
+    weight.data = torch.empty(0)
+    weight.data = torch.randn(40, 40)
+
+
+def turned(weight: nn.Parameter) -> None:
+    weight.data = weight.data.T
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight.data.mul_(2), merged, loaded_again, turned])
+def test_what_leaves_no_trace_but_other_numbers_is_seen(change: Any) -> None:
+    weight = nn.Parameter(torch.randn(40, 40), requires_grad=False)
+    Relaid.of(weight)
+    change(weight)
+    assert torch.equal(Relaid.of(weight), weight.T)
+
+
+def test_a_number_written_through_data_is_seen_by_graphs_made_afterwards() -> None:
+    weight, x = nn.Parameter(torch.randn(40, 40), requires_grad=False), torch.randn(1, 40)
+
+    def made() -> Any:
+        return supplied(lambda x, w, copy: sparse_linear(x, copy, None, torch.tensor(0.0)), [1])
+
+    before = made()
+    torch.testing.assert_close(before(x, weight), x @ weight.T)
+    weight.data[7, 3] += 1  # neither among the first numbers nor in the middle
+    assert not torch.allclose(before(x, weight), x @ weight.T)
+    torch.testing.assert_close(made()(x, weight), x @ weight.T)
+    weight.data[7, 3] += 1
+    Relaid.forget()
+    torch.testing.assert_close(before(x, weight), x @ weight.T)
+
+
+def test_a_copy_counts_as_made_when_it_is_whole(monkeypatch: Any) -> None:
+    """Another thread that looks while it is made, or the next call if that failed, makes it again."""
+    weight = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    copy, seen = Relaid.of(weight), []
+
+    def failing(self: Tensor, source: Tensor) -> Tensor:
+        seen.append(Relaid._all[id(weight)].fits(weight))
+        raise MemoryError
+
+    weight.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "copy_", failing)
+        with pytest.raises(MemoryError):
+            Relaid.of(weight)
+    assert seen == [False]
+    assert Relaid.of(weight) is copy and torch.equal(copy, weight.T)
 
 
 def test_layouts() -> None:

@@ -7,6 +7,7 @@ each call (`lower_relaid`). So it is never a constant of the compiled code, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import string_at
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
 
@@ -16,6 +17,8 @@ from torch import Tensor, fx
 __all__ = ["Relaid", "lower_relaid", "neuron_major", "relaid_input", "relaid_inputs", "untracked"]
 
 Compiled = Callable[..., Any]
+
+GLIMPSE = 64  # bytes at each of two places
 
 
 def neuron_major(weight: Tensor) -> Tensor:
@@ -43,8 +46,10 @@ class Relaid:
     """The neuron-major copy of one parameter. `Relaid.of(parameter)` finds or makes it.
 
     Kept as long as the parameter lives, one for each, whoever asks. `version` and the address tell whether it changed:
-    load_state_dict, an optimiser's step and `parameter.data = ...` do; what is written through `parameter.data` in
-    place changes neither, and is seen after `Relaid.forget()` alone.
+    load_state_dict, an optimiser's step and `parameter.data = ...` do. What is written in place through
+    `parameter.data` changes neither: on CPU it is seen where it changes the `glimpse`, as what concerns all of a weight
+    does (averages of weights, a LoRA branch merged into them); else by graphs compiled afterwards, or after
+    `Relaid.forget()`.
     """
 
     _all: ClassVar[dict[int, Relaid]] = {}
@@ -53,17 +58,20 @@ class Relaid:
         key = id(parameter)
         self.parameter: ReferenceType[Tensor] = ref(parameter, lambda _: Relaid._all.pop(key, None))
         self.copy = torch.empty(0)
-        self.version, self.address = -1, 0
+        self.version, self.address, self.glimpse = -1, 0, b""
 
     @staticmethod
-    def entry(parameter: Tensor) -> Relaid:
-        """The entry for a parameter, up to date. Raises ValueError for one whose changes could not be seen."""
+    def entry(parameter: Tensor, *, anew: bool = False) -> Relaid:
+        """The entry for a parameter, up to date; with `anew` the copy is made again in any case.
+
+        Raises ValueError for a parameter whose changes could not be seen.
+        """
         found = Relaid._all.get(id(parameter))
         if found is None:
             if reason := untracked(parameter):
                 raise ValueError(f"no copy of this {tuple(parameter.shape)} parameter: {reason}")
             found = Relaid._all[id(parameter)] = Relaid(parameter)
-        if not found.fits(parameter):
+        if anew or not found.fits(parameter):
             found._renew(parameter)
         return found
 
@@ -85,18 +93,28 @@ class Relaid:
 
     def fits(self, parameter: Any) -> bool:
         """Whether the copy is one of this parameter as it is now."""
-        own = self.parameter() is parameter
-        return own and parameter._version == self.version and parameter.data_ptr() == self.address
+        if self.parameter() is not parameter or parameter._version != self.version:
+            return False
+        return parameter.data_ptr() == self.address and _glimpse(parameter) == self.glimpse
 
     def _renew(self, parameter: Tensor) -> None:
         """Copy again, into the same memory where it still fits: recorded CUDA graphs read there."""
-        view = neuron_major(parameter.detach())
-        self.version, self.address = parameter._version, parameter.data_ptr()
+        seen, view = (parameter._version, parameter.data_ptr(), _glimpse(parameter)), neuron_major(parameter.detach())
         with torch.inference_mode(False), torch.no_grad():
             if (view.shape, view.dtype, view.device) == (self.copy.shape, self.copy.dtype, self.copy.device):
                 self.copy.copy_(view)
             else:
                 self.copy = view.clone(memory_format=torch.contiguous_format)
+        self.version, self.address, self.glimpse = seen  # last: another thread, or a failure, meets no copy half made
+
+
+def _glimpse(parameter: Tensor) -> bytes:
+    """A few numbers of a parameter in memory that the host can read, at half a microsecond; else nothing."""
+    size, address = parameter.nbytes, parameter.data_ptr()
+    if parameter.device.type != "cpu" or not address or not parameter.is_contiguous():
+        return b""
+    places = (0, size // 2)
+    return b"".join(string_at(address + place, min(GLIMPSE, size - place)) for place in places)
 
 
 # -- in graphs --------------------------------------------------------------------------------------------------------
@@ -146,7 +164,7 @@ def supplied(compiled: Compiled, numbers: list[int]) -> Compiled:
         for place, number in enumerate(numbers):
             parameter, entry = inputs[number], known[place]
             if entry is None or not entry.fits(parameter):
-                entry = known[place] = Relaid.entry(parameter)
+                entry = known[place] = Relaid.entry(parameter, anew=entry is None)
             copies.append(entry.copy)
         return compiled(*inputs, *copies)
 
