@@ -91,6 +91,30 @@ def test_not_where_it_cannot_pay_or_would_lose_a_gradient(free: None, monkeypatc
         assert skipped(wide, torch.randn(8, 512))[1] == []  # one in 256 is zero for all eight
 
 
+class Cast(Mlp):
+    """Enters autocast itself, or, as transformers' rotary embeddings do, leaves it."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(torch.relu)
+        self.enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "model, outside, count", [(Mlp(torch.relu), True, 0), (Cast(True), False, 0), (Cast(False), False, 1)]
+)
+def test_autocast_is_left_alone(model: nn.Module, outside: bool, count: int, free: None) -> None:
+    """It computes products in another type than the weights'."""
+    x = torch.randn(1, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        found, lines = skipped(model, x, verify=False)
+        assert len(lines) == count
+        torch.testing.assert_close(found, model(x))
+
+
 def test_gradients_are_the_model_s_own(free: None) -> None:
     model, x = Mlp(torch.relu), torch.randn(1, 16)
     wanted = torch.autograd.grad(model(x).sum(), list(model.parameters()))

@@ -133,6 +133,18 @@ def test_weights_that_want_gradients_are_masked_instead():
     assert all("by masking: the weight's gradient is wanted" in note for note in notes)
 
 
+def test_under_autocast_all_is_computed_and_masked():
+    model, ids = made("llama", torch.float32), example("llama")[:1]
+    mask = only_decoding(dict.fromkeys(gates(model), 0.2))
+    compiled = sparse(model, "cats(threshold=0.2)")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with masking(gates(model), mask, inputs=False):
+            wanted = generated(model, ids, tokens=3)
+        same(generated(compiled, ids, tokens=3), wanted)
+    notes = [block.note for block in tokred.reports().graphs[-1].blocks if block.kind == "mlp"]
+    assert all("by masking: under autocast" in note for note in notes)
+
+
 def test_the_gate_refuses_what_does_not_pay():
     """Weights this small are read faster than two operators start; of ten rows few weights stay unread."""
     model, ids = made("llama", torch.float32), example("llama")[:1]

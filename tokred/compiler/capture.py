@@ -18,6 +18,7 @@ from tokred.compiler.vmaps import open_vmaps
 __all__ = [
     "STRIDED",
     "CaptureFailed",
+    "autocasts",
     "capture",
     "is_parameter",
     "module_path",
@@ -117,6 +118,14 @@ def tensor_meta(node: Any) -> torch.Tensor | None:
     """The fake tensor of a node with exactly one tensor result, else None."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def autocasts(node: fx.Node) -> bool:
+    """Whether the node may run under autocast: then types of products are others than its graph's metadata says."""
+    meta = tensor_meta(node)
+    entered = node.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
+    ambient = meta is not None and torch.is_autocast_enabled(meta.device.type)
+    return ambient or any(region.args[2] for region in entered)
 
 
 def source_line(node: fx.Node) -> str:

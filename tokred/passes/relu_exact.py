@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from tokred.backends.kernels.neurons import TOKENS, TYPES, sparse_linear
-from tokred.compiler.capture import is_parameter, module_path, source_line, tensor_meta
+from tokred.compiler.capture import autocasts, is_parameter, module_path, source_line, tensor_meta
 from tokred.compiler.machine import Machine
 from tokred.compiler.relaid import relaid_input, untracked
 from tokred.compiler.relations import Op
@@ -81,7 +81,7 @@ def _pays(node: fx.Node, parameters: dict[fx.Node, Any]) -> bool:
     if not all(isinstance(size, int) for size in result.shape):  # a comparison would fix a run-time size
         return False
     rows = prod(result.shape[:-1])
-    if not 1 <= rows <= TOKENS or not _behind_relu(op.operand("input")):
+    if not 1 <= rows <= TOKENS or not _behind_relu(op.operand("input")) or autocasts(node):
         return False
     if not is_parameter(weight) or parameter is None or parameter.dim() != 2 or untracked(parameter):
         return False

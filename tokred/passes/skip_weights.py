@@ -12,7 +12,7 @@ from torch.nn.functional import linear as dense_linear
 
 from tokred.backends.kernels.neurons import gated_tail, sparse_linear
 from tokred.compiler.blocks import Mlp
-from tokred.compiler.capture import tensor_meta
+from tokred.compiler.capture import autocasts, tensor_meta
 from tokred.compiler.linears import Linear, linear_of
 from tokred.compiler.mlp import Gating, Part
 from tokred.compiler.neurons import NeuronSite
@@ -42,6 +42,8 @@ def _unreadable(linear: Linear, parameters: Mapping[str, Tensor]) -> str:
         return "convolutions have no such operator"
     if values.dtype != weight.dtype:
         return f"the weight is {weight.dtype}, what it multiplies {values.dtype}"
+    if autocasts(linear.node):
+        return "under autocast a product is computed in another type than its weight's"
     return untracked(parameters[linear.weight.name])
 
 
