@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.backends.kernels.interpreted import last_word
 from tokred.backends.kernels import native, neurons
 from tokred.backends.kernels.neurons import gated_tail, gated_tail_reference, sparse_linear, sparse_linear_reference
 
-ROOT = Path(__file__).resolve().parents[3]
 # Sums are in float32, or float64; the last step rounds to the type. Relative to the largest result.
 TYPES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 ACTIVITY = ("none", "all", "half", "threshold", "one", "last")
@@ -136,6 +134,7 @@ def test_any_leading_dimensions(dtype: torch.dtype) -> None:
         sparse_linear(act[0], weight, bias, threshold), sparse_linear(act[:1], weight, bias, threshold)[0]
     )
     assert sparse_linear(act[:0], weight, bias, threshold).shape == (0, weight.shape[1])
+    assert torch.equal(sparse_linear(act[:, :0], weight[:0], bias, threshold), bias.expand(6, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -177,16 +176,21 @@ def test_without_vector_instructions_too(monkeypatch: Any) -> None:
     torch.testing.assert_close(found, every, equal_nan=True, rtol=0, atol=0)
 
 
-def test_no_compiler_is_said_in_the_log(monkeypatch: Any, caplog: Any) -> None:
-    def missing(source: Path) -> Path:
-        raise FileNotFoundError("no g++")
-
-    monkeypatch.setattr(native, "_compiled", missing)
-    with caplog.at_level(logging.WARNING, "tokred"):
+@pytest.mark.parametrize(
+    "compiler, flags, reason",
+    [
+        (("no-such-compiler",), (), "No working C++ compiler"),
+        (torch._inductor.config.cpp.cxx, ("--no-such-flag",), "--no-such-flag"),
+    ],
+)
+def test_no_compiler_is_said_in_the_log(
+    compiler: tuple[str, ...], flags: tuple[str, ...], reason: str, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(native, "FLAGS", flags)
+    with torch._inductor.config.patch({"cpp.cxx": compiler}), caplog.at_level(logging.WARNING, "tokred"):
         assert native.library.__wrapped__("neurons") is None
-    assert [record.getMessage() for record in caplog.records] == [
-        "neurons.cpp could not be compiled, a slower form runs instead: no g++"
-    ]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("neurons.cpp could not be compiled, a slower form runs instead: ") and reason in said
 
 
 # -- as operators -----------------------------------------------------------------------------------------------------
@@ -236,10 +240,13 @@ def test_one_graph_serves_all_thresholds_and_numbers_of_active_neurons(name: str
 @pytest.mark.parametrize("name", OPERATORS)
 def test_what_does_not_fit_is_an_error(name: str) -> None:
     arguments = case(name, "half", 2, torch.float32)
+    mode = FakeTensorMode()
     for place, value in enumerate(arguments):
         for wrong in (value.unsqueeze(0).repeat_interleave(2, -1)[..., 1:], value.bfloat16()) if value.dim() else ():
-            with pytest.raises(ValueError, match=f"{name}: "):
-                OPERATORS[name][0](*arguments[:place], wrong, *arguments[place + 1 :])
+            given = (*arguments[:place], wrong, *arguments[place + 1 :])
+            for tensors in (given, [mode.from_tensor(x) for x in given]):  # a graph is refused when it is made
+                with pytest.raises(ValueError, match=f"{name}: "):
+                    OPERATORS[name][0](*tensors)
     with pytest.raises(ValueError, match="a single threshold"):
         OPERATORS[name][0](*arguments[:-1], torch.zeros(2))
 
@@ -249,14 +256,7 @@ def test_what_does_not_fit_is_an_error(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_triton_kernels_give_the_reference() -> None:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.backends.kernels.test_neurons"],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "done"
+    assert last_word("tests.backends.kernels.test_neurons") == "done"
 
 
 class NoWait(TorchDispatchMode):

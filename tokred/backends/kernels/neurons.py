@@ -109,12 +109,11 @@ def _launch(
 
 def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight_t + bias without C++: the zeros of few float32 tokens are skipped, a token split over the threads."""
-    rows = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < len(rows) <= TOKENS:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not _few(x):
         y = x @ weight_t
         return y if bias is None else y + bias
     sums, parts = [], torch.arange(torch.get_num_threads())
-    for row in rows:
+    for row in x.reshape(-1, x.shape[-1]):
         index = row.nonzero().squeeze(1)
         bags = parts * len(index) // len(parts)
         sums.append(embedding_bag(index, weight_t, bags, mode="sum", per_sample_weights=row[index]).sum(0))
@@ -125,8 +124,20 @@ def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
 # -- the operators ----------------------------------------------------------------------------------------------------
 
 
+def _triton(act: Tensor) -> Any:
+    """The module of Triton kernels if it takes these: up to eight tokens on CUDA. It comes with torch there."""
+    if act.device.type != "cuda" or not _few(act):
+        return None
+    from tokred.backends.kernels import neurons_triton
+
+    return neurons_triton
+
+
 def _sparse_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
     _check("sparse_linear", x, weight_t, bias, threshold)
+    if triton := _triton(x):
+        y: Tensor = triton.sparse_linear(x, weight_t, bias, threshold)
+        return y.to(x.dtype)
     if kernel := _kernel(x, weight_t):
         return _launch(kernel, x, None, None, None, weight_t, bias, threshold)
     return _product(active(x, threshold), weight_t, bias)
@@ -143,6 +154,9 @@ def _gated_tail(
 ) -> Tensor:
     _check("gated_tail", act, down_t, down_bias, threshold)
     _check_up(act, x, up, up_bias)
+    if triton := _triton(act):
+        y: Tensor = triton.gated_tail(act, x, up, up_bias, down_t, down_bias, threshold)
+        return y.to(act.dtype)
     if kernel := _kernel(act, up, down_t):
         return _launch(kernel, act, x, up, up_bias, down_t, down_bias, threshold)
     return _product(active(act, threshold) * linear(x, up, up_bias), down_t, down_bias)
@@ -164,33 +178,6 @@ def _check_up(act: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"gated_tail: [.. F], [.. C], [F C] and bias [F], of one type, not {', '.join(given)}")
 
 
-def _sparse_linear_on_cuda(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
-    from tokred.backends.kernels import neurons_triton  # Triton comes with torch where there is CUDA
-
-    _check("sparse_linear", x, weight_t, bias, threshold)
-    if not _few(x):
-        return _product(active(x, threshold), weight_t, bias)
-    return neurons_triton.sparse_linear(x, weight_t, bias, threshold).to(x.dtype)
-
-
-def _gated_tail_on_cuda(
-    act: Tensor,
-    x: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down_t: Tensor,
-    down_bias: Tensor | None,
-    threshold: Tensor,
-) -> Tensor:
-    from tokred.backends.kernels import neurons_triton
-
-    _check("gated_tail", act, down_t, down_bias, threshold)
-    _check_up(act, x, up, up_bias)
-    if not _few(act):
-        return _product(active(act, threshold) * linear(x, up, up_bias), down_t, down_bias)
-    return neurons_triton.gated_tail(act, x, up, up_bias, down_t, down_bias, threshold).to(act.dtype)
-
-
 # Not custom_op: what that adds to each call, 20 microseconds here, is a twentieth of a decoding step of a small model.
 _library = torch.library.Library("tokred", "FRAGMENT")
 _SCHEMAS = {
@@ -198,13 +185,9 @@ _SCHEMAS = {
     "gated_tail": "(Tensor act, Tensor x, Tensor up, Tensor? up_bias, Tensor down_t, Tensor? down_bias, "
     "Tensor threshold) -> Tensor",
 }
-for _name, _function, _cuda in (
-    ("sparse_linear", _sparse_linear, _sparse_linear_on_cuda),
-    ("gated_tail", _gated_tail, _gated_tail_on_cuda),
-):
+for _name, _function in (("sparse_linear", _sparse_linear), ("gated_tail", _gated_tail)):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    _library.impl(_name, _cuda, "CUDA")
 
 sparse_linear = torch.ops.tokred.sparse_linear.default
 """S_t(x) weight_t + bias, where S_t keeps |x| > t: weight rows that no token needs are not read. [.. D].
@@ -236,11 +219,14 @@ All of one type but the threshold. Raises ValueError for sizes or types that do 
 
 @torch.library.register_fake("tokred::sparse_linear", lib=_library)
 def _(x: Tensor, weight_t: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+    _check("sparse_linear", x, weight_t, bias, threshold)
     return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
 
 
 @torch.library.register_fake("tokred::gated_tail", lib=_library)
 def _(act: Tensor, x: Tensor, up: Tensor, up_bias: Any, down_t: Tensor, down_bias: Any, threshold: Tensor) -> Tensor:
+    _check("gated_tail", act, down_t, down_bias, threshold)
+    _check_up(act, x, up, up_bias)
     return act.new_empty((*act.shape[:-1], down_t.shape[1]))
 
 
@@ -257,8 +243,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight_t, bias, threshold = ctx.saved_tensors
-    by_x = active(x, threshold).ne(0) * (grad @ weight_t.T)
-    by_weight = _flat(active(x, threshold)).T @ _flat(grad)
+    kept = active(x, threshold)
+    by_x = torch.where(kept.ne(0), grad @ weight_t.T, 0)
+    by_weight = _flat(kept).T @ _flat(grad)
     return by_x, by_weight, None if bias is None else _flat(grad).sum(0), None
 
 
@@ -269,7 +256,15 @@ def _gated_tail_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     by_u = by_hidden * kept
     biases = [None if b is None else _flat(g).sum(0) for b, g in ((up_bias, by_u), (down_bias, grad))]
     by_down = _flat(kept * u).T @ _flat(grad)
-    return by_hidden * u * kept.ne(0), by_u @ up, _flat(by_u).T @ _flat(x), biases[0], by_down, biases[1], None
+    return (
+        torch.where(kept.ne(0), by_hidden * u, 0),
+        by_u @ up,
+        _flat(by_u).T @ _flat(x),
+        biases[0],
+        by_down,
+        biases[1],
+        None,
+    )
 
 
 for _name, _backward in (("sparse_linear", _sparse_linear_backward), ("gated_tail", _gated_tail_backward)):
