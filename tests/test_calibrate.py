@@ -11,6 +11,7 @@ from torch import nn
 
 import tokred
 from tests.passes.sparse_models import example, made
+from tokred.compiler.calibration import Fingerprint
 from tokred.errors import CalibrationError, OptionError
 from tokred.registry.sketch import BINS, Sketch
 
@@ -40,7 +41,9 @@ def batch(seed):
 
 
 def measured(model=None, seeds=(0, 1), recipe=None):
-    return tokred.calibrate(model or small(), [batch(seed) for seed in seeds], recipe=recipe, progress=False)
+    return tokred.calibrate(
+        small() if model is None else model, [batch(seed) for seed in seeds], recipe=recipe, progress=False
+    )
 
 
 def apply(model, calibration, recipe="cats(phase='masked')"):
@@ -140,11 +143,17 @@ def test_a_site_that_was_not_measured_is_an_error():
         apply(small(), measured(recipe="cats"), "teal(phase='masked')")
 
 
-def test_a_model_that_was_cast_is_the_same():
-    found = measured()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_is_the_same(dtype):
     torch.compiler.reset()
-    options = {"recipe": "cats(phase='masked')", "lower": "eager", "calibration": found, "strict": True}
-    torch.compile(small().bfloat16(), backend="tokred", options=options)(batch(0).bfloat16())
+    options = {"recipe": "cats(phase='masked')", "lower": "eager", "calibration": measured(), "strict": True}
+    torch.compile(small().to(dtype), backend="tokred", options=options)(batch(0).to(dtype))
+    one, other = Fingerprint.of(small().gate.weight), Fingerprint.of(small(seed=1).gate.weight)
+    assert one.fits(Fingerprint.of(small().to(dtype).gate.weight)) and not one.fits(other)
+
+
+def test_a_compiled_model_is_calibrated_under_the_plain_one_s_names():
+    assert measured(torch.compile(small(), backend="eager")).to_json() == measured().to_json()
 
 
 def test_damaged_files_are_errors(tmp_path):
@@ -160,10 +169,13 @@ def test_damaged_files_are_errors(tmp_path):
     path.write_text(json.dumps(data | {"version": 99}))
     with pytest.raises(CalibrationError, match="version 99"):
         tokred.Calibration.load(path)
-    del data["sites"][0]["counts"][0]
-    path.write_text(json.dumps(data))
-    with pytest.raises(CalibrationError, match=r"damaged: ValueError: bins and counts do not fit"):
-        tokred.Calibration.load(path)
+    site = data["sites"][0]
+    wrong = [{"counts": site["counts"][1:]}, {"counts": [10**30, *site["counts"][1:]]}, {"bins": site["bins"][:1] * 9}]
+    wrong += [{"counts": [value, *site["counts"][1:]]} for value in (-1, 1.5, None, "1")]
+    for change in [*wrong, {"bins": [BINS, *site["bins"][1:]]}, {"parameters": None}]:
+        path.write_text(json.dumps(data | {"sites": [site | change]}))
+        with pytest.raises(CalibrationError, match=r"damaged: (ValueError: bins (and|or) counts|TypeError)"):
+            tokred.Calibration.load(path)
     with pytest.raises(CalibrationError, match="No such file"):
         tokred.Calibration.load(tmp_path / "absent.json")
     with pytest.raises(OptionError, match="calibration=3"):
@@ -197,6 +209,12 @@ def test_merging_adds_up_and_refuses_another_models():
     assert first.to_json() == both.to_json()
     with pytest.raises(CalibrationError, match=r"different models: .*differ in 7 parameters, 'gate.weight' the first"):
         first.merge(measured(small(seed=1)))
+    some = tokred.calibrate(small(), [batch(0)], recipe="teal", progress=False)
+    for one, other in ((both, some), (some, both)):
+        before = one.to_json()
+        with pytest.raises(CalibrationError, match=r"only one of two calibrations measured 'gate' at 'gate.weight'"):
+            one.merge(other)
+        assert one.to_json() == before
 
 
 def _one_of_two(rank, address, folder):

@@ -46,10 +46,10 @@ def calibrate(
             "calibrate: the model is in training mode, and dropout would be measured; use model.eval()"
         )
     wanted = _wanted(recipe)
-    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=True)}
+    plain: Any = getattr(model, "_orig_mod", model)
+    names = {id(parameter): name for name, parameter in plain.named_parameters(remove_duplicate=True)}
     meter = _Meter(wanted, names)
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
-    plain: Any = getattr(model, "_orig_mod", model)
     with torch.no_grad(), torch._dynamo.config.patch(limits), as_compiled(plain):
         compiled: Any = torch.compile(plain, backend=meter.backend, dynamic=False)
         for batch in _shown(batches, progress):

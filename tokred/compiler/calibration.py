@@ -18,12 +18,13 @@ from tokred.registry.sketch import Sketch
 __all__ = ["Calibration", "Fingerprint", "Measured"]
 
 FORMAT, VERSION = "tokred calibration", 1
+DIGEST = 8  # bytes of a hash
 SAMPLES = 64  # numbers of a parameter that its fingerprint looks at
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A parameter's shape and a hash of a few of its values, taken as bfloat16: a model that was cast is the same."""
+    """A parameter's shape and two hashes of a few of its values, taken as bfloat16 and as float16."""
 
     shape: tuple[int, ...]
     digest: str
@@ -31,9 +32,15 @@ class Fingerprint:
     @staticmethod
     def of(parameter: Tensor) -> Fingerprint:
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.bfloat16).cpu().view(torch.int16)
-        digest = hashlib.blake2b(sample.numpy().tobytes(), digest_size=8).hexdigest()
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu()
+        rounded = (sample.to(dtype).view(torch.int16).numpy().tobytes() for dtype in (torch.bfloat16, torch.float16))
+        digest = "".join(hashlib.blake2b(each, digest_size=DIGEST).hexdigest() for each in rounded)
         return Fingerprint(tuple(parameter.shape), digest)
+
+    def fits(self, other: Fingerprint) -> bool:
+        """Whether the two are of one parameter, or of one and what it is cast to either type."""
+        halves = (slice(2 * DIGEST), slice(2 * DIGEST, None))
+        return self.shape == other.shape and any(self.digest[half] == other.digest[half] for half in halves)
 
 
 @dataclass
@@ -70,7 +77,7 @@ class Calibration:
             raise CalibrationError(f"the calibration of {self.model} has no parameter {name!r}.{hint}")
         if not isinstance(parameter, FakeTensor):
             now = Fingerprint.of(parameter)
-            fitting = [known for known in names if self.parameters[known] == now]
+            fitting = [known for known in names if self.parameters[known].fits(now)]
             if not fitting:
                 raise CalibrationError(self._difference(name, self.parameters[names[0]], now))
             names = fitting
@@ -96,13 +103,11 @@ class Calibration:
             ]
             shown = f"{self.model} and {other.model} differ in {len(names)} parameters, {names[0]!r} the first"
             raise CalibrationError(f"calibrations of different models: {shown}")
+        if only := sorted(self._found.keys() ^ other._found.keys()):
+            values, name = only[0]
+            raise CalibrationError(f"only one of two calibrations measured {values!r} at {name!r}")
         for site in other.sites:
-            own = self._found.get((site.values, site.parameters[0]))
-            if own is None:
-                raise CalibrationError(
-                    f"only one of two calibrations measured {site.values!r} at {site.parameters[0]!r}"
-                )
-            own.merge(site.sketch)
+            self._found[site.values, site.parameters[0]].merge(site.sketch)
 
     def all_merge(self, group: Any = None) -> None:
         """Add up what the processes of a torch.distributed group measured: all of them then hold the same."""

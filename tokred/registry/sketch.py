@@ -72,9 +72,12 @@ class Sketch:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Sketch:
         """Raises ValueError, KeyError or TypeError for anything that `to_json` does not write."""
-        bins, counts = np.array(data["bins"], np.int64), np.array(data["counts"], np.int64)
-        if bins.shape != counts.shape or (counts < 0).any() or (bins < 0).any() or (bins >= BINS).any():
+        bins, counts = np.array(data["bins"]), np.array(data["counts"])
+        whole = all(numbers.dtype.kind == "i" or not numbers.size for numbers in (bins, counts))
+        if not whole or bins.shape != counts.shape or len(np.unique(bins)) != bins.size:
             raise ValueError("bins and counts do not fit")
+        if (counts < 0).any() or (bins < 0).any() or (bins >= BINS).any():
+            raise ValueError("bins or counts out of range")
         sketch = Sketch()
-        sketch.counts[bins] = counts
+        sketch.counts[bins.astype(np.int64)] = counts
         return sketch
