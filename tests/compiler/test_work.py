@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.compiler.graphs import captured
 from tests.zoo.architectures import ARCHITECTURES
+from tokred.backends.kernels.neurons import gated_tail, sparse_linear
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Blocks, find_blocks
 from tokred.compiler.symbolic import expression
@@ -188,3 +189,23 @@ def test_a_symbolic_batch_stays_a_symbol_and_numbers_come_from_its_hint() -> Non
     assert sympy.expand(found - 4 * B * N * C * F_) == 0
     assert formulas[blocks.mlps[0]].values[B] == 6
     assert sum(map(flops, graph.graph.nodes)) == sum(map(flops, fixed.graph.nodes))
+
+
+# -- sparse products --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active", [1.0, 0.25])
+def test_sparse_products_count_the_neurons_that_are_expected_to_be_active(active: float) -> None:
+    threshold = torch.tensor(0.0)
+    cases = [
+        (sparse_linear, (r(2, 5, 8), r(8, 3), None, threshold), 2 * 2 * 5 * 8 * 3),
+        (gated_tail, (r(2, 5, 8), r(2, 5, 7), r(8, 7), None, r(8, 3), r(3), threshold), 2 * 2 * 5 * 8 * (7 + 3)),
+    ]
+    for operator, inputs, expected in cases:
+        traced = make_fx(lambda *tensors, op=operator: op(*tensors), tracing_mode="fake", pre_dispatch=True)(*inputs)
+        (node,) = traced.graph.find_nodes(op="call_function", target=operator)
+        node.meta["active"] = active
+        assert flops(node) == int(expected * active)
+        assert isinstance(flops(node), int)
+        formula = flops(node, lambda n: [N if size == 5 else size for size in n.meta["val"].shape])
+        assert sympy.expand(formula - expected * active * N / 5) == 0

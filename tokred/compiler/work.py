@@ -254,7 +254,7 @@ def _gated_tail(op: Op, sizes: Sizes) -> Any:
 
 def _expected(op: Op, whole: Any) -> Any:
     active = op.node.meta.get("active", 1.0)
-    return whole if active == 1 else int(whole * active)
+    return int(whole * active) if isinstance(whole, int) else whole * active
 
 
 @_counts(torch.ops.tokred.token_sparse_attention.default)
