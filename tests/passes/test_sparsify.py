@@ -1,5 +1,7 @@
 """Sparse methods against their definitions, which hooks that mask compute on the unmodified model."""
 
+from itertools import product
+
 import pytest
 import torch
 import transformers as hf
@@ -63,22 +65,19 @@ def check(model, recipe, calibration, modules, limits, inputs, *, reads):
     torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(dense.abs().max()))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_teal_masks_what_every_linear_reads(name):
-    model, batches = made(name), [example(name, seed) for seed in range(2)]
-    calibration = calibrate(model, batches, recipe="teal", progress=False)
-    modules = linears(model)
-    limits = thresholds(calibration, "input", collected(model, modules, batches, inputs=True), 0.4)
-    check(model, "teal(sparsity=0.4, phase='masked')", calibration, modules, limits, batches[0], reads=True)
+KINDS = {"teal": ("input", linears, 0.4), "cats": ("gate", gates, 0.6)}
 
 
-@pytest.mark.parametrize("name", GATED)
-def test_cats_masks_the_activated_gate(name):
+@pytest.mark.parametrize("method, name", [*product(["teal"], MODELS), *product(["cats"], GATED)])
+def test_a_method_masks_what_every_linear_reads_or_the_activated_gate(method, name):
+    measured, found, sparsity = KINDS[method]
     model, batches = made(name), [example(name, seed) for seed in range(2)]
-    calibration = calibrate(model, batches, recipe="cats", progress=False)
-    modules = gates(model)
-    limits = thresholds(calibration, "gate", collected(model, modules, batches, inputs=False), 0.6)
-    check(model, "cats(sparsity=0.6, phase='masked')", calibration, modules, limits, batches[0], reads=False)
+    calibration = calibrate(model, batches, recipe=method, progress=False)
+    modules, reads = found(model), measured == "input"
+    values = collected(model, modules, batches, inputs=reads)
+    limits = thresholds(calibration, measured, values, sparsity)
+    recipe = f"{method}(sparsity={sparsity}, phase='masked')"
+    check(model, recipe, calibration, modules, limits, batches[0], reads=reads)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "vit"])
@@ -114,6 +113,31 @@ def place(layer):
     return tokred.Neurons(layer, 2, "", "down", 0)
 
 
+def test_a_method_that_raises_at_one_place_is_refused_at_the_whole_block():
+    """What it does at the others is not left behind."""
+    model, inputs = made("llama"), example("llama")
+
+    class Failing(tokred.Sparsity):
+        name = "failing"
+        acts_at = ("up", "down")
+
+        def idle(self, place):
+            return False
+
+        def masked(self, values, place):
+            if (place.layer, place.role) == (0, "down"):
+                raise RuntimeError("no")
+            return values * 0.5
+
+    got = run(compiled(model, Failing(phase="masked")), inputs)
+    first, second = (block for block in tokred.reports().graphs[0].blocks if block.kind == "mlp")
+    assert (first.refusal.code, second.refusal) == ("method-raised", None)
+    halved = {name: m for name, m in linears(model).items() if "layers.1.mlp" in name}
+    with masking(halved, lambda name, x: x * 0.5, inputs=True):
+        wanted = run(model, inputs)
+    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("recipe", ["teal(sparsity=0, phase='masked')", "cats(sparsity=0.0, phase='masked')"])
 def test_nothing_left_out_is_the_unmodified_model(recipe):
     model, inputs = made("llama"), example("llama")
@@ -144,7 +168,7 @@ def test_a_method_without_its_calibration_is_refused():
 def test_routed_experts_are_named_and_refused():
     sizes = TWO | {"num_hidden_layers": 1, "num_local_experts": 4}
     model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes)).eval()
-    run(compiled(model, "cats(threshold=0.1, phase='masked')"), example("llama"))
+    run(compiled(model, "cats(threshold=0.1, phase='masked', layers=[-1])"), example("llama"))
     (row,) = [block for block in tokred.reports().graphs[0].blocks if block.kind == "mlp"]
     assert (row.form, row.refusal.code) == ("routed", "experts")
     assert row.module == "model.layers.0.mlp.experts"

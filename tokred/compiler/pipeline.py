@@ -293,7 +293,7 @@ def _sparsify(
     started = time.perf_counter()
     if gm is not exact:
         blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # what is carried is behind them
     parameters = {node.name: value for node, value in inputs}
     done = sparsify(gm, original, blocks, methods, options.calibration, parameters, gate=gate)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from tokred.compiler.relations import Op, same
 from tokred.compiler.report import Refusal
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
+from tokred.passes.outcome import Outcome
 from tokred.passes.sites import refuse
 from tokred.registry.attention import AttentionRewrite
 
@@ -28,13 +28,7 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 Gate = Callable[[Attention, AttentionRewrite, fx.Node], tuple[str, Refusal | None]]
 
 
-@dataclass
-class Rewritten:
-    """The rewritten graph, which method computes which attention with a prediction in words, and why not others."""
-
-    graph: fx.GraphModule
-    applied: dict[Attention, tuple[AttentionRewrite, str]] = field(default_factory=dict)
-    refused: dict[Attention, tuple[AttentionRewrite, Refusal]] = field(default_factory=dict)
+Rewritten = Outcome[Attention, AttentionRewrite]  # the words are a prediction
 
 
 def rewrite_attention(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,21 +18,14 @@ from tokred.compiler.record import record
 from tokred.compiler.report import Refusal
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
+from tokred.passes.outcome import Outcome
 from tokred.passes.skip_weights import Skipping, readable
 from tokred.registry.neurons import Neurons, Sparsity, Threshold
 
 __all__ = ["Sparsified", "sparsify"]
 
 Block = Mlp | Attention
-
-
-@dataclass
-class Sparsified:
-    """The rewritten graph; which method acts at which block, in words, and why not at others."""
-
-    graph: fx.GraphModule
-    applied: dict[Block, tuple[Sparsity, str]] = field(default_factory=dict)
-    refused: dict[Block, tuple[Sparsity, Refusal]] = field(default_factory=dict)
+Sparsified = Outcome[Block, Sparsity]
 
 
 def sparsify(
@@ -78,9 +70,11 @@ def sparsify(
                 done.applied[block] = (method, "; ".join([*said, note] if note else said))
     for block in done.applied:
         done.refused.pop(block, None)
-    for mlp in find_experts(gm, blocks):
+    experts = find_experts(gm, blocks)
+    depth = max((1 + mlp.layer for mlp in (*blocks.mlps, *experts)), default=0)
+    for mlp in experts:
         for method in methods:
-            if {"gate", "up", "down"} & set(method.acts_at) and method.acts_on(mlp.layer, 0, mlp.module):
+            if {"gate", "up", "down"} & set(method.acts_at) and method.acts_on(mlp.layer, depth, mlp.module):
                 reason = (
                     "each token has experts of its own, whose weights lie stacked: no operator skips parts of these"
                 )
@@ -150,13 +144,13 @@ def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
     """What a method leaves unread at a site, if what a calibration found holds."""
     values = tensor_meta(site.values)
     assert values is not None and isinstance(method, Threshold)
-    linears = list(site.linears)
+    linears, up = list(site.linears), None
     if site.place.role == "gate" and isinstance(site.block, Mlp) and site.block.gating is not None:
         up = linear_of(site.block.gating.up.linear)
         linears = [*site.block.outputs, *([] if up is None else [up])]
     weights = [meta for linear in linears if (meta := tensor_meta(linear.weight)) is not None]
     sizes = [weight.numel() for weight in weights]
-    if site.place.role == "gate" and site.block.form == "packed":
+    if up is not None and site.block.form == "packed":
         sizes[-1] //= 2
     return Skipped(values, sum(sizes), len(linears), _active(site, method))
 
@@ -174,7 +168,7 @@ def _skips(method: Sparsity) -> bool:
 def _rewrite(
     done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSite, Sparsity]], parameters: Mapping[str, Tensor]
 ) -> None:
-    """Write what was decided into a copy of the graph; a method that raises is refused there."""
+    """Write what was decided into a copy of the graph; where a method raises it is refused at the whole block."""
     copy = copy_graph(gm)
     copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
     skipping = Skipping(copy.graph, copies, parameters)
@@ -189,7 +183,10 @@ def _rewrite(
             text = str(error).strip().splitlines()
             reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
             done.refused[site.block] = (method, Refusal("method-raised", reason, _where(site.block)))
-            done.applied.pop(site.block, None)
+            del done.applied[site.block]
+            others = [(other, its) for other, its in chosen if other.block is not site.block]
+            _rewrite(done, gm, others, parameters)  # anew: the block's other sites may be written already
+            return
     if changed:
         refresh(copy.graph, changed)
         keep_output_strides(copy, gm)
