@@ -8,14 +8,13 @@ the file.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from benchmarks.mosaic import measured_on
+from benchmarks.mosaic import measured_on, parsed
 from tests.zoo.torchvision_shim import install
 from tokred.demo.language import model, recall, table
 from tokred.demo.language.data import corpus, windows
@@ -98,12 +97,7 @@ def render(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     install()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.language", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", action="store_true", help="perplexity, recall and what is left out, of each recipe")
-    parser.add_argument("--speed", action="store_true", help="speed of each recipe, through Inductor")
-    parser.add_argument("--again", action="store_true", help="also what was measured before")
-    parser.add_argument("--only", default="", metavar="TEXT", help="recipes that contain TEXT")
-    options = parser.parse_args(arguments)
+    options = parsed(arguments, "language", "perplexity, recall and what is left out,")
     found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     kinds = ["run", "speed"] if options.speed else ["run"] if options.run else []  # a line needs its scores first
     if kinds:

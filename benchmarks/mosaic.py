@@ -98,14 +98,19 @@ def measured_on(kind: str, machines: list[dict[str, str]]) -> str:
     return f"\n{what} measured on: {', '.join(parts)}."
 
 
-def main(arguments: list[str] | None = None) -> int:
-    install()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mosaic", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", action="store_true", help="accuracy, tokens and FLOPs of each recipe")
+def parsed(arguments: list[str] | None, page: str, scores: str) -> argparse.Namespace:
+    """What to measure anew for docs/`page`.md: its `scores`, its speed, for which recipes."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{page}", description=f"Write docs/{page}.md")
+    parser.add_argument("--run", action="store_true", help=f"{scores} of each recipe")
     parser.add_argument("--speed", action="store_true", help="speed of each recipe, through Inductor")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--only", default="", metavar="TEXT", help="recipes that contain TEXT")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    install()
+    options = parsed(arguments, "mosaic", "accuracy, tokens and FLOPs")
     found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     kinds = ["run", "speed"] if options.speed else ["run"] if options.run else []  # a line needs its accuracy first
     model, data = (load(), samples(MOSAICS, SEED)) if kinds else (None, None)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.demo.language.score import Model
-from tokred.demo.mosaic.train import optimizers, save
+from tokred.demo.mosaic.train import descend, optimizers, save
 
 __all__ = ["CHECKPOINT", "CONTEXT", "LENGTH", "PAIRS", "Pairs", "build", "example", "load", "pairs", "recall"]
 
@@ -142,12 +142,7 @@ def train(model: Any, rate: float, steps: int, path: Path, seed: int = 0) -> Non
         hidden = model.model(input_ids=data.input_ids, use_cache=False).last_hidden_state
         rows = hidden.gather(1, data.where[:, :, None].expand(-1, -1, hidden.shape[-1]))
         loss = F.cross_entropy(model.lm_head(rows).flatten(0, 1), data.value.flatten())
-        for optimizer in both:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in both:
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-            optimizer.step()
+        descend(loss, both)
         recent.append(loss.item())
         if step % 100 == 0 or step == steps:
             score = recall(model, scored)

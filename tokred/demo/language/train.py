@@ -27,7 +27,7 @@ from torch import Tensor
 from tokred.demo.language.data import TOKENIZER, Corpus, corpus, train_tokenizer
 from tokred.demo.language.model import WINDOW, build, checkpoint, load
 from tokred.demo.language.score import baselines, bits_per_byte, perplexity
-from tokred.demo.mosaic.train import optimizers, save
+from tokred.demo.mosaic.train import descend, optimizers, save
 
 __all__ = ["main", "train"]
 
@@ -55,12 +55,7 @@ def train(model: Any, rate: float, steps: int, minutes: float, path: Path, seed:
         piece = draw(tokens, generator)
         logits = model(input_ids=piece[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
-        for optimizer in both:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in both:
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-            optimizer.step()
+        descend(loss, both)
         recent.append(loss.item())
         if step % 50 == 0 or done >= 1:
             print(f"{step:5d}  {done:4.0%}  loss {mean(recent):.3f}  {time.perf_counter() - start:.0f} s", flush=True)

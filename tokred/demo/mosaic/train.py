@@ -203,6 +203,16 @@ def optimizers(*modules: nn.Module) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=RATE), torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))]
 
 
+def descend(loss: Tensor, both: list[torch.optim.Optimizer]) -> None:
+    """One step of each optimizer, whose gradients are clipped to a norm of 1."""
+    for optimizer in both:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in both:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+
+
 def train(model: Any, vision: int, steps: int, minutes: float, path: Path, seed: int = 0) -> None:
     """`vision` steps for the tower and the projector, then `steps`, or as many as `minutes` allow, for everything."""
     torch.manual_seed(seed)
@@ -224,12 +234,7 @@ def train(model: Any, vision: int, steps: int, minutes: float, path: Path, seed:
             loss = auxiliary = heads(features, pooled, cells)
             if stage == "all":
                 loss = read(model, features, cells, packed, generator) + 0.3 * min(1, step / 300) * auxiliary
-            for optimizer in both:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in both:
-                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-                optimizer.step()
+            descend(loss, both)
             recent.append([loss.item(), auxiliary.item()])
             if step % 100 == 0 or done >= 1:
                 losses = "loss {:.3f}, of it auxiliary {:.3f}".format(*map(mean, zip(*recent, strict=True)))
