@@ -91,6 +91,23 @@ def test_not_where_it_cannot_pay_or_would_lose_a_gradient(free: None, monkeypatc
         assert skipped(wide, torch.randn(8, 512))[1] == []  # one in 256 is zero for all eight
 
 
+def test_weights_and_their_copies_stay_in_their_place(free: None, monkeypatch: Any) -> None:
+    """What AOTAutograd is not told so CUDA graphs copy in front of each replay."""
+    module, seen = torch._functorch.aot_autograd, []
+    asked = module._try_get_metadata_from_dynamo
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(asked(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "_try_get_metadata_from_dynamo", spy)
+    with torch.no_grad():
+        assert len(skipped(Mlp(torch.relu), torch.randn(1, 16), verify=False)[1]) == 1
+    ((sources, fixed),) = seen
+    moving = [number for number in range(len(sources)) if number not in fixed]
+    assert [sources[number].name for number in moving] == ["L['x']"] and len(sources) == 6
+
+
 class Cast(Mlp):
     """Enters autocast itself, or, as transformers' rotary embeddings do, leaves it."""
 

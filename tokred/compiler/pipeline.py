@@ -20,7 +20,7 @@ from tokred.compiler.cost import Gate
 from tokred.compiler.memory import Memory, carrying
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
-from tokred.compiler.relaid import lower_relaid, relaid_inputs
+from tokred.compiler.relaid import keep_sources, lower_relaid, relaid_inputs
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
@@ -71,6 +71,8 @@ def compile_graph(
 
     done = transform(gm, example_inputs, options, keep if options.verify else observe)
     graph = done.graph if done.changed else gm
+    if done.changed:
+        keep_sources(graph, gm)
     into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
     if done.memory is not None:
         more = graph.graph.find_nodes(op="placeholder")[len(example_inputs) :]

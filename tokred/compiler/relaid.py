@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Relaid", "lower_relaid", "neuron_major", "relaid_input", "relaid_inputs", "untracked"]
+__all__ = ["Relaid", "keep_sources", "lower_relaid", "neuron_major", "relaid_input", "relaid_inputs", "untracked"]
 
 Compiled = Callable[..., Any]
 
@@ -93,9 +93,10 @@ class Relaid:
 
     def fits(self, parameter: Any) -> bool:
         """Whether the copy is one of this parameter as it is now."""
-        if self.parameter() is not parameter or parameter._version != self.version:
+        own = self.parameter()
+        if own is None or own is not parameter or own._version != self.version:
             return False
-        return parameter.data_ptr() == self.address and _glimpse(parameter) == self.glimpse
+        return own.data_ptr() == self.address and _glimpse(own) == self.glimpse
 
     def _renew(self, parameter: Tensor) -> None:
         """Copy again, into the same memory where it still fits: recorded CUDA graphs read there."""
@@ -153,6 +154,29 @@ def lower_relaid(
         return lower(gm, inputs)
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[-len(numbers) :]]
     return supplied(lower(gm, [*inputs, *fakes]), numbers)  # sizes of a real tensor would become symbols of no source
+
+
+def keep_sources(graph: fx.GraphModule, gm: fx.GraphModule) -> None:
+    """Tell AOTAutograd of the rewritten `graph` what Dynamo tells it of `gm`: which inputs are parameters.
+
+    What CUDA graphs are not told to stay in its place they copy in front of each replay: all weights, and more bytes
+    than a method leaves unread. Relaid copies stay as well. Not of graphs with weights of their own as attributes,
+    which Dynamo gave no names.
+    """
+    places = gm.graph.find_nodes(op="placeholder")
+    known = "dynamo_compile_id" in gm.meta and all(hasattr(node, "_dynamo_source") for node in places)
+    if not known or [*graph.parameters(), *graph.buffers()]:
+        return
+    added: list[fx.Node] = list(graph.graph.find_nodes(op="placeholder"))
+    for old, new in zip(places, added, strict=False):
+        new._dynamo_source = old._dynamo_source
+        new.meta |= {key: old.meta[key] for key in ("tensor_dict",) if key in old.meta}
+    for new in added[len(places) :]:
+        new._dynamo_source = None  # type: ignore[attr-defined]
+        if "relaid" in new.meta:
+            new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    graph.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
+    graph._param_name_to_source = {}
 
 
 def supplied(compiled: Compiled, numbers: list[int]) -> Compiled:

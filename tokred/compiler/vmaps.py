@@ -20,7 +20,7 @@ __all__ = ["open_vmaps"]
 
 
 def open_vmaps(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of Dynamo's graph without vmaps; `gm` itself if it has none, or one that reads sizes that are data."""
+    """A copy of Dynamo's graph without vmaps; `gm` itself if it has none."""
     stretches = _stretches(gm.graph)
     if not stretches:
         return gm
