@@ -21,6 +21,7 @@ ACTIVATIONS = {
 }
 OTHERS = {
     "gelu": torch.nn.functional.gelu,
+    "leaky": torch.nn.functional.leaky_relu,
     "none": lambda x: x,
     "shifted": lambda x: torch.relu(x) + 1,
     "exponential": lambda x: torch.relu(x) ** -1,

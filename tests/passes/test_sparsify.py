@@ -109,6 +109,16 @@ def test_random_neurons_leave_out_the_same_neurons_of_every_token(name):
     assert not torch.equal(first, second)
 
 
+def test_random_neurons_depend_on_seed_and_layer_alone():
+    method, values = tokred.methods()["random_neurons"], torch.ones(2, 3, 40)
+    for share, left in ((0.25, 30), (0.5, 20), (0.9, 4)):
+        assert (method(sparsity=share).masked(values, place(0)).sum(-1) == left).all()
+    masks = [method(seed=seed).masked(values, place(layer)) for seed in (0, 1) for layer in (0, 1)]
+    assert all(torch.equal(mask, mask[:1, :1].expand_as(mask)) for mask in masks)
+    assert len({tuple(mask[0, 0].tolist()) for mask in masks}) == 4
+    assert torch.equal(masks[0], method(seed=0).masked(values, place(0)))
+
+
 def place(layer):
     return tokred.Neurons(layer, 2, "", "down", 0)
 

@@ -160,6 +160,16 @@ OTHERS = [
     "catp(weight=-1)",
     "catp(weight=True)",
     "catp(ratio=1)",
+    "cats(sparsity=0.5, threshold=0.1)",
+    "cats(threshold=-0.1)",
+    "cats(threshold='x')",
+    "cats(threshold=True)",
+    "cats(phase='prefill')",
+    "random_neurons(seed=0.5)",
+    "random_neurons(phase=None)",
+]
+OTHERS += [
+    f"{name}(sparsity={value})" for name in ("cats", "teal", "random_neurons") for value in (1, -0.1, True, "'x'")
 ]
 OTHERS += [
     f"{name}(keep={keep})"

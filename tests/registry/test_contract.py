@@ -1,5 +1,6 @@
 """Every registered method, plug-ins included, keeps the contract; and the contract notices those that do not."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -204,6 +205,114 @@ BROKEN = [
 @pytest.mark.parametrize("broken, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_broken_promise_is_noticed(broken, message):
     with pytest.raises(AssertionError, match=message):
+        check_method(broken())
+
+
+@dataclass(frozen=True)
+class SoundMask(tokred.Sparsity):
+    """Leaves out the smallest half of each token's numbers. Each below breaks it in one way."""
+
+    sparsity: float = 0.5
+
+    name: ClassVar[str] = "broken"
+    acts_at: ClassVar[tuple[str, ...]] = ("gate",)
+
+    def idle(self, place):
+        return self.sparsity == 0
+
+    def masked(self, values, place):
+        size = values.abs()
+        return torch.where(size <= size.median(-1, keepdim=True).values, 0, values)
+
+
+class ActsAtNoRole(SoundMask):
+    acts_at = ()
+
+
+class NeverIdle(SoundMask):
+    def idle(self, place):
+        return False
+
+
+class AlwaysIdle(SoundMask):
+    def idle(self, place):
+        return True
+
+
+class Rescales(SoundMask):
+    def masked(self, values, place):
+        return 2 * super().masked(values, place)
+
+
+class Widens(SoundMask):
+    def masked(self, values, place):
+        return super().masked(values, place).double()
+
+
+class WritesThroughData(SoundMask):
+    def masked(self, values, place):
+        values.data[..., 0] = 0
+        return super().masked(values, place)
+
+
+class LeavesAll(SoundMask):
+    def masked(self, values, place):
+        return values + 0
+
+
+class MasksAnew(SoundMask):
+    def masked(self, values, place):
+        return torch.where(torch.rand(values.shape) < 0.5, 0, values)
+
+
+class LooksAtTheBatch(SoundMask):
+    def masked(self, values, place):
+        return torch.where(values.abs() <= values.abs().max() / 3, 0, values)
+
+
+class HasNoGradient(SoundMask):
+    def masked(self, values, place):
+        return super().masked(values, place) + 0 * (0 * values).sqrt()
+
+
+BROKEN_MASKS = [
+    (ActsAtNoRole, "acts_at is empty"),
+    (NeverIdle, "should leave 'gate' alone"),
+    (AlwaysIdle, "says that it leaves nothing out"),
+    (Rescales, "changed numbers that it did not leave out"),
+    (Widens, r"masked\(\) gives .*float64"),
+    (WritesThroughData, "changed its input in place"),
+    (LeavesAll, "leaves out 0%"),
+    (MasksAnew, "two runs on the same input differ"),
+    (LooksAtTheBatch, "mask depends on its batch"),
+    (HasNoGradient, "gradients are not finite"),
+]
+
+
+@pytest.mark.parametrize("broken, message", BROKEN_MASKS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_mask_is_noticed(broken, message):
+    with pytest.raises(AssertionError, match=message):
+        check_method(broken())
+
+
+class ActsInNoLayer(SoundMask):
+    acts_at = ("elsewhere",)
+
+
+class MasksPrompts(SoundMask):
+    """Whatever its phase."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "phase", "masked")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "broken, message", [(ActsInNoLayer, "acts in no layer"), (MasksPrompts, "changes a prompt"), (SoundMask, "")]
+)
+def test_what_only_a_decoder_shows_of_a_mask_is_noticed(broken, message):
+    with pytest.raises(AssertionError, match=message) if message else nullcontext():
         check_method(broken())
 
 

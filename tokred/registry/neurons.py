@@ -86,7 +86,8 @@ class Threshold(Sparsity):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sparsity is not None and self.threshold is not None:
-            raise ArgumentError(f"{self.name}: give one of sparsity and threshold")
+            given = f"sparsity={self.sparsity!r}, threshold={self.threshold!r}"
+            raise ArgumentError(f"{self.name}({given}): give one of the two")
         check_sparsity(self.name, self.sparsity)
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if self.threshold is not None and not (number and self.threshold >= 0):
