@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tokred.backends.kernels.neurons import sparse_linear
 from tokred.compiler.capture import capture
-from tokred.compiler.relaid import Relaid, lower_relaid, neuron_major, relaid_input, relaid_inputs, supplied, untracked
+from tokred.compiler.extras import extras_of, with_extras
+from tokred.compiler.relaid import Relaid, RelaidInput, neuron_major, relaid_input, untracked
 from tokred.passes.graph_edit import copy_graph
 
 aten = torch.ops.aten
@@ -30,8 +31,8 @@ def relaid_backend(gm: Any, inputs: list[Any]) -> Any:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     captured.recompile()
-    backend.numbers = relaid_inputs(captured)
-    return lower_relaid(captured, inputs, lambda gm, _: gm.forward)
+    backend.numbers = [extra.number for extra in extras_of(captured) if isinstance(extra, RelaidInput)]
+    return with_extras(captured.forward, captured)
 
 
 class backend:  # what the last compilation saw
@@ -130,9 +131,10 @@ def test_what_cannot_be_followed_is_refused() -> None:
 def test_a_wrapped_call_looks_at_each_parameter_it_gets() -> None:
     first, second = torch.randn(3, 4), torch.randn(3, 4)
     x = torch.randn(1, 4)
-    call = supplied(lambda x, w, copy: sparse_linear(x, copy, None, torch.tensor(0.0)), [1])
+    extra = RelaidInput(1)
     for weight in (first, second, first):
-        torch.testing.assert_close(call(x, weight), x @ weight.T)
+        (copy,) = extra.give([x, weight])
+        torch.testing.assert_close(sparse_linear(x, copy, None, torch.tensor(0.0)), x @ weight.T)
 
 
 def test_a_copied_graph_keeps_its_relaid_inputs() -> None:
@@ -146,8 +148,8 @@ def test_a_copied_graph_keeps_its_relaid_inputs() -> None:
         assert added.meta["val"].shape == weight.meta["val"].T.shape and added.meta["val"].is_contiguous()
         with pytest.raises(ValueError):
             relaid_input(captured.graph, captured.graph.output_node())
-        found = relaid_inputs(captured)
-        assert len(found) == 1 and relaid_inputs(copy_graph(captured)) == found
+        found = extras_of(captured)
+        assert len(found) == 1 and extras_of(copy_graph(captured)) == found
         return gm.forward
 
     with torch.no_grad():

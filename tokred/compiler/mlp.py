@@ -72,6 +72,7 @@ class Mlp:
     ups: list[fx.Node]
     form: str  # plain, gated, packed, routed (one op holds all of it)
     layer: int = 0
+    depth: int = 1  # how many layers there are
     module: str = ""
     source: str = ""
     tokens: Any = 0
@@ -91,6 +92,8 @@ def find_mlps(gm: fx.GraphModule, axes: Axes, attentions: list[Attention]) -> li
     for mlp in mlps:
         mlp.layer = counts.get(mlp.axis, 0)
         counts[mlp.axis] = mlp.layer + 1
+    for mlp in mlps:
+        mlp.depth = counts[mlp.axis]
     return mlps
 
 
@@ -114,7 +117,8 @@ def _mlp(node: fx.Node, axes: Axes, attentions: list[Attention], loras: Mapping[
     rest = tuple(d for d, dim in enumerate(dims) if d != channel and any(id(atom) in axis for atom in dim))
     tokens = times([atom.size for d in rest for atom in dims[d] if id(atom) in axis]) if axis else _rows(node, channel)
     form = "routed" if routed else "gated" if len(ups) == 2 else "packed" if packed else "plain"
-    mlp = Mlp(node, ups, form, 0, module_path(node), source_line(node), tokens, rest, axis)
+    place = {"module": module_path(node), "source": source_line(node)}
+    mlp = Mlp(node, ups, form, **place, tokens=tokens, token_dims=rest, axis=axis)
     if routed:
         mlp.products = (node,)
     else:

@@ -1,21 +1,21 @@
 """Copies of parameters in another layout: made once, used by all graphs, made again when the parameter has changed.
 
-A graph takes such a copy as one more input (`relaid_input`), and a wrapper around the compiled graph hands it in at
-each call (`lower_relaid`). So it is never a constant of the compiled code, and a changed parameter costs no recompile.
+A graph takes such a copy as one more input (`relaid_input`; extras.py says how it gets there). So it is never a constant
+of the compiled code, and a changed parameter costs no recompile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Relaid", "lower_relaid", "neuron_major", "relaid_input", "relaid_inputs", "untracked"]
+from tokred.compiler.extras import Extra, extra_input
 
-Compiled = Callable[..., Any]
+__all__ = ["Relaid", "RelaidInput", "neuron_major", "relaid_input", "untracked"]
 
 
 def neuron_major(weight: Tensor) -> Tensor:
@@ -102,6 +102,20 @@ class Relaid:
 # -- in graphs --------------------------------------------------------------------------------------------------------
 
 
+class RelaidInput(Extra):
+    """A graph's input that is the copy of another one, the parameter of this number; looked at anew at each call."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self._known: Relaid | None = None
+
+    def give(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        parameter, known = inputs[self.number], self._known
+        if known is None or not known.fits(parameter):
+            known = self._known = Relaid.entry(parameter)
+        return (known.copy,)
+
+
 def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     """The graph's input for the neuron-major copy of the parameter `weight`, itself an input: found, or put last.
 
@@ -110,44 +124,12 @@ def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
     number = inputs.index(weight)
     for node in inputs:
-        if node.meta.get("relaid") == number:
+        extra = node.meta.get("extra")
+        if isinstance(extra, RelaidInput) and extra.number == number:
             return node
-    with graph.inserting_after(inputs[-1]):
-        node = graph.placeholder(f"{weight.name}_relaid")
     fake = weight.meta["val"]
     with fake.fake_mode, torch.no_grad():
-        node.meta["val"] = neuron_major(fake.detach()).clone(memory_format=torch.contiguous_format)
-    node.meta |= {"relaid": number, "is_parameter": True}
+        copy = neuron_major(fake.detach()).clone(memory_format=torch.contiguous_format)
+    node = extra_input(graph, f"{weight.name}_relaid", RelaidInput(number), copy)
+    node.meta["is_parameter"] = True
     return node
-
-
-def relaid_inputs(gm: fx.GraphModule) -> list[int]:
-    """For each input that `relaid_input` added, the number of the parameter; they are the last ones."""
-    return [node.meta["relaid"] for node in gm.graph.find_nodes(op="placeholder") if "relaid" in node.meta]
-
-
-def lower_relaid(
-    gm: fx.GraphModule, inputs: list[Any], lower: Callable[[fx.GraphModule, list[Any]], Compiled]
-) -> Compiled:
-    """Lower a graph that may take relaid parameters: the result takes `inputs` alone."""
-    numbers = relaid_inputs(gm)
-    if not numbers:
-        return lower(gm, inputs)
-    fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[-len(numbers) :]]
-    return supplied(lower(gm, [*inputs, *fakes]), numbers)  # sizes of a real tensor would become symbols of no source
-
-
-def supplied(compiled: Compiled, numbers: list[int]) -> Compiled:
-    """`compiled` with the copies of the inputs of these numbers behind its own inputs, looked at anew at each call."""
-    known: list[Relaid | None] = [None] * len(numbers)
-
-    def call(*inputs: Any) -> Any:
-        copies = []
-        for place, number in enumerate(numbers):
-            parameter, entry = inputs[number], known[place]
-            if entry is None or not entry.fits(parameter):
-                entry = known[place] = Relaid.entry(parameter)
-            copies.append(entry.copy)
-        return compiled(*inputs, *copies)
-
-    return call

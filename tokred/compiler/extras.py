@@ -1,0 +1,90 @@
+"""What a compiled graph takes behind the model's own inputs, and gives behind its own results: one way for all.
+
+A pass adds such an input with `extra_input`, behind all that are there, and such results behind all that are there. Each
+belongs to an `Extra`, which a wrapper around the compiled graph (`with_extras`) asks for the inputs of a call, and hands
+the results of that call. Dynamo knows nothing of them: so what they hold may change from call to call, parameters and
+prompts with it, and nothing is compiled again. Copies of parameters in another layout come this way (relaid.py), what a
+method carries from one call to the next (memory.py), what a prompt tells the decoding (requests.py), and what caches are
+told (caches.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+__all__ = ["Extra", "extra_input", "extras_of", "fakes_of", "with_extras"]
+
+Compiled = Callable[..., Any]
+
+
+class Extra:
+    """Some of a graph's extra inputs, or of its extra results, or both: those that one purpose has.
+
+    results   how many of the results it takes
+    """
+
+    results: int = 0
+
+    def ready(self) -> bool:
+        """Whether there is something to give in this call; if not, the graph is not called, but the one without it."""
+        return True
+
+    def give(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """Its inputs of a call whose own inputs are these, in the order in which they were added."""
+        return ()
+
+    def fresh(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """The same for a call that no other follows and that is to leave no trace."""
+        return self.give(inputs)
+
+    def take(self, own: Sequence[Any], more: Sequence[Any]) -> None:
+        """What a call gave: the model's own results, and this one's."""
+
+
+def extra_input(graph: fx.Graph, name: str, extra: Extra, fake: Tensor) -> fx.Node:
+    """A new input of the graph, behind all others. `fake` is what is known of it."""
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        node = graph.placeholder(name)
+    node.meta = {"val": fake, "extra": extra}
+    return node
+
+
+def extras_of(gm: fx.GraphModule) -> list[Extra]:
+    """Whose the extra inputs of a graph are, in the order of these."""
+    found = [node.meta["extra"] for node in gm.graph.find_nodes(op="placeholder") if "extra" in node.meta]
+    return list(dict.fromkeys(found))
+
+
+def fakes_of(gm: fx.GraphModule) -> list[Tensor]:
+    """The extra inputs themselves, as fake tensors: sizes of real ones would become symbols of no source."""
+    return [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder") if "extra" in node.meta]
+
+
+def with_extras(
+    compiled: Compiled, gm: fx.GraphModule, taking: Sequence[Extra] = (), own: int = 0, otherwise: Any = None
+) -> Compiled:
+    """`compiled`, made of `gm`, as the model's own graph is called: its inputs in, its results out.
+
+    taking      whose the extra results are, in their order; behind the model's `own` ones
+    otherwise   what is called where an extra has nothing to give
+    """
+    giving = extras_of(gm)
+    if not giving and not taking:
+        return compiled
+
+    def call(*inputs: Any) -> Any:
+        if otherwise is not None and not all(extra.ready() for extra in giving):
+            return otherwise(*inputs)
+        results = compiled(*inputs, *(x for extra in giving for x in extra.give(inputs)))
+        if not taking:
+            return results
+        place = own
+        for extra in taking:
+            extra.take(results[:own], results[place : place + extra.results])
+            place += extra.results
+        return results[:own]
+
+    return call
