@@ -1,11 +1,10 @@
 """What a compiled graph takes behind the model's own inputs, and gives behind its own results: one way for all.
 
-A pass adds such an input with `extra_input`, behind all that are there, and such results behind all that are there. Each
-belongs to an `Extra`, which a wrapper around the compiled graph (`with_extras`) asks for the inputs of a call, and hands
-the results of that call. Dynamo knows nothing of them: so what they hold may change from call to call, parameters and
-prompts with it, and nothing is compiled again. Copies of parameters in another layout come this way (relaid.py), what a
-method carries from one call to the next (memory.py), what a prompt tells the decoding (requests.py), and what caches are
-told (caches.py).
+A pass adds such an input with `extra_input`, behind all that are there, and such results behind all that are there.
+Each belongs to an `Extra`, which a wrapper around the compiled graph (`with_extras`) asks for the inputs of a call, and
+hands the results of that call. Dynamo knows nothing of them: what they hold may change from call to call, and nothing
+is compiled again. Copies of parameters in another layout come this way (relaid.py), what a method carries from one call
+to the next (memory.py), what a prompt tells the decoding (requests.py), and what caches are told (caches.py).
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def prompts(blocks: Blocks) -> bool:
 
 
 def phase_of(blocks: Blocks) -> str:
-    """What a decoder's graph does: "begins" a prompt, "continues" one (several tokens behind a cache), or "decodes" (one
-    token behind a cache); "" for all others, those among them whose cache has a fixed length.
+    """What a decoder's graph does: "begins" a prompt, "continues" one (several tokens behind a cache), or "decodes"
+    (one token behind a cache); "" for all others, those among them whose cache has a fixed length.
 
     blocks   of the graph as it was captured
     """

@@ -326,7 +326,9 @@ def _sparsify(
         blocks = renumber(find_blocks(gm, axes), original)
     inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # a memory's are behind them
     parameters = {node.name: value for node, value in inputs}
-    run = partial(sparsify, gm, original, blocks, axes, calibration=options.calibration, parameters=parameters, gate=gate)
+    run = partial(
+        sparsify, gm, original, blocks, axes, calibration=options.calibration, parameters=parameters, gate=gate
+    )
     done = run(methods, companion=options.companion)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
     copies = [n for n in done.graph.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("extra"), RelaidInput)]

@@ -1,7 +1,7 @@
 """Copies of parameters in another layout: made once, used by all graphs, made again when the parameter has changed.
 
-A graph takes such a copy as one more input (`relaid_input`; extras.py says how it gets there). So it is never a constant
-of the compiled code, and a changed parameter costs no recompile.
+A graph takes such a copy as one more input (`relaid_input`; extras.py says how it gets there). So it is never a
+constant of the compiled code, and a changed parameter costs no recompile.
 """
 
 from __future__ import annotations

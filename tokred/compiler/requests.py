@@ -1,10 +1,10 @@
 """What a prompt chose, from its graph to the graphs that decode behind it, which Dynamo makes apart.
 
-A `Request` belongs to a cache: tokred.generation keeps the two together, so that each decoding call finds what the prompt
-in its own cache voted for, however calls are interleaved, and a cache that no compiled prompt filled has none. It holds
-votes, which are small. The weights of the neurons that they choose are gathered into buffers, one for each parameter and
-thread, when a decoding call first needs them: again when another request, another prompt, or a changed parameter does.
-They stay at their addresses, which CUDA graphs remember.
+A `Request` belongs to a cache: tokred.generation keeps the two together, so that each decoding call finds what the
+prompt in its own cache voted for, however calls are interleaved, and a cache that no compiled prompt filled has none.
+It holds votes, which are small. The weights of the neurons that they choose are gathered into buffers, one for each
+parameter and thread, when a decoding call first needs them, and again for another request, more votes, or a parameter
+that changed. They stay at their addresses, which CUDA graphs remember.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
@@ -37,7 +37,7 @@ class Request:
 
 
 class Turn:
-    """One call of the model: the request that it goes on with, None if the cache knows none. A prompt starts a new one."""
+    """One call of the model, and its request: None if the cache knows none. A prompt starts a new one."""
 
     def __init__(self, request: Request | None):
         self.request, self.begun = request, False
@@ -130,7 +130,7 @@ class Gathered(Extra):
 class _Buffer:
     """What one Choice has of a request, in this thread. Graphs that choose alike share it."""
 
-    _all: WeakValueDictionary[tuple[Any, ...], _Buffer] = WeakValueDictionary()
+    _all: ClassVar[WeakValueDictionary[tuple[Any, ...], _Buffer]] = WeakValueDictionary()
 
     def __init__(self, parameter: Tensor | None) -> None:
         self.parameter: ReferenceType[Tensor] | None = None if parameter is None else ref(parameter)

@@ -1,8 +1,8 @@
 """Let a prompt's graph count its votes for neurons, and the graphs that decode behind it compute the chosen ones alone.
 
-In the prompt the MLP stays as it is; [F] votes are one more result. While decoding, what is gathered of the weights for
-the chosen neurons are inputs of the graph (tokred.compiler.requests), and the MLP is computed with these (fewer_neurons).
-Where that cannot be, all neurons are computed and those that were not chosen are masked.
+In the prompt the MLP stays as it is; [F] votes are one more result. While decoding, what is gathered of the weights
+for the chosen neurons are inputs of the graph (tokred.compiler.requests), and the MLP is computed with these
+(fewer_neurons). Where that cannot be, all neurons are computed and those that were not chosen are masked.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def shown_by(site: NeuronSite, blocks: Blocks, axes: Axes) -> Attention | Refusa
 
 
 def real_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """[..] False for padding, one for each row of `values` [.. F], from a mask [.. N M] of an attention; M is N, or more
-    by what a cache holds."""
+    """[..] False for padding, one for each row of `values` [.. F], from an attention's mask [.. N M].
+
+    M is N, or more by what a cache holds.
+    """
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))  # [B|1 H|1 N M]
     tokens = mask.shape[2]
     real = visible(mask)[:, mask.shape[3] - tokens :]  # [B|1 N]
@@ -60,7 +62,7 @@ def real_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class Choosing:
-    """What the methods of a recipe that choose neurons for a request do in one graph; `original` is that as captured."""
+    """What methods that choose neurons for a request do in one graph; `original` are its blocks as it was captured."""
 
     def __init__(
         self,
@@ -118,15 +120,18 @@ class Choosing:
         if self.phase != "decodes":
             return f"{method.words(site.place)} are chosen, all are computed"
         fewer = self.fewer(site, method)
-        return method.words(site.place) if isinstance(fewer, Fewer) else f"{method.words(site.place)} by masking: {fewer}"
+        return method.words(site.place) + ("" if isinstance(fewer, Fewer) else f" by masking: {fewer}")
 
-    def write(self, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Chosen) -> list[fx.Node]:
+    def write(
+        self, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Chosen
+    ) -> list[fx.Node]:
         """Do that in a copy of the graph; returns what is new there and read by what was there."""
         shown = None if self.phase == "decodes" else shown_by(site, self.blocks, self.axes)
         mask = copies[shown.mask] if isinstance(shown, Attention) and shown.mask is not None else None
         readers = list(site.values.users)  # LoRA branches too
         if method.phase == "masked":
-            return [masked(graph, copies, site, partial(_masked, method=method, place=site.place), mask, readers=readers)]
+            function = partial(_masked, method=method, place=site.place)
+            return [masked(graph, copies, site, function, mask, readers=readers)]
         key = (str(method), site.linears[0].name, site.place.layer)
         if self.phase != "decodes":
             self._vote(graph, copies[site.values], mask, site, method)
@@ -149,9 +154,7 @@ class Choosing:
         self.size += fake.nbytes
         return extra_input(graph, f"tokred_chosen_{len(self.gathered.choices)}", self.gathered, fake)
 
-    def _vote(
-        self, graph: fx.Graph, values: fx.Node, mask: fx.Node | None, site: NeuronSite, method: Chosen
-    ) -> None:
+    def _vote(self, graph: fx.Graph, values: fx.Node, mask: fx.Node | None, site: NeuronSite, method: Chosen) -> None:
         def votes(x: Tensor, mask: Tensor | None) -> Tensor:
             x = x.detach().movedim(site.channel, -1)
             return method.counted(x, None if mask is None else real_tokens(x, mask))

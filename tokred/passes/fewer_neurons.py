@@ -1,13 +1,14 @@
 """Compute an MLP with fewer neurons, or with some of them masked.
 
-Rows of its first weights and columns of its last are inputs of the graph; everything in between follows. What is between
-is looked at on the axes of the graph: neurons must be the last dimension everywhere, and nothing else may read them.
+Rows of its first weights and columns of its last are inputs of the graph; everything in between follows. That is looked
+at on the axes of the graph: neurons must be the last dimension everywhere, and nothing else may read them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,38 +70,47 @@ class Fewer:
         read += [linear.bias for linear in self.tails if linear.bias is not None]
         return list(dict.fromkeys(read))
 
-    def compute(self, outside: list[Any], weights: list[Tensor]) -> list[Tensor]:
-        """What the tails give. Plain tensor code, to be recorded."""
+    def compute(self, outside: list[Any], weights: list[Any], step: Callable[..., Any]) -> list[Any]:
+        """What the tails give. `step(node, function, *args)` computes what takes the place of a node."""
         env: dict[fx.Node, Any] = dict(zip(self.outside, outside, strict=True))
         remaining = iter(weights)
         for node, (linear, _) in self.heads.items():
-            weight = next(remaining)
-            bias = None if linear.bias is None else next(remaining)
-            env[node] = dense_linear(env[linear.input], weight if linear.rows else weight.t(), bias)
+            weight, bias = next(remaining), None if linear.bias is None else next(remaining)
+            env[node] = step(linear.node, _product, env[linear.input], weight, bias, linear.rows)
         for node in self.between:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             if node.target in SIZED:
                 args = (args[0], [*args[1][:-1], self.count], *args[2:])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = step(node, partial(node.target, **kwargs), *args)  # type: ignore[arg-type]
         results = []
         for linear in self.tails:
-            weight = next(remaining)
-            bias = None if linear.bias is None else env[linear.bias]
-            results.append(dense_linear(env[linear.input], weight if linear.rows else weight.t(), bias))
+            weight, bias = next(remaining), None if linear.bias is None else env[linear.bias]
+            results.append(step(linear.node, _product, env[linear.input], weight, bias, linear.rows))
         return results
 
     def write(self, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], inputs: list[fx.Node]) -> list[fx.Node]:
         """Compute it in a copy of the graph, with these inputs as weights, in place of what stands there."""
         olds = [copies[linear.node] for linear in self.tails]
-        before = set(graph.nodes)
-        with graph.inserting_before(min(olds)):
-            news = record(graph, self.compute, ([copies[node] for node in self.outside], inputs))
-        added = [node for node in graph.nodes if node not in before]
-        inherit(added, olds[0])
+        first = min(olds)
+
+        def step(origin: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
+            last = first.prev
+            with graph.inserting_before(first):
+                new = record(graph, function, args)
+            while last.next is not first:
+                last = last.next
+                inherit([last], copies[origin])
+            return new
+
+        news: list[fx.Node] = self.compute([copies[node] for node in self.outside], inputs, step)
         for old, new in zip(olds, news, strict=True):
             new.meta["val"] = _as_before(new.meta["val"], old.meta["val"])
             old.replace_all_uses_with(new)
-        return list(news)
+        return news
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: bool) -> Tensor:
+    return dense_linear(x, weight if rows else weight.t(), bias)
 
 
 def _as_before(now: Tensor, was: Tensor) -> Tensor:
@@ -178,7 +188,8 @@ def _try(fewer: Fewer) -> None:
         fake: Any = tensor_meta(parameter)
         weights.append(shorter(fake, choice))
     outside = [node.meta["val"] for node in fewer.outside]
-    for new, linear in zip(run_fake(fewer.compute, (outside, weights), {}), fewer.tails, strict=True):
+    results = fewer.compute(outside, weights, lambda _, function, *args: run_fake(function, args, {}))
+    for new, linear in zip(results, fewer.tails, strict=True):
         _as_before(new, linear.node.meta["val"])
 
 
@@ -204,9 +215,9 @@ def masked(
     *more: Any,
     readers: Iterable[fx.Node] | None = None,
 ) -> fx.Node:
-    """Let what reads a site's values (or `readers`) read what `function` makes of them, with neurons last, and of `more`.
+    """Let what reads a site's values (or `readers`) read what `function` makes of them and `more`; that is returned.
 
-    That is returned. Raises ValueError where it is no tensor like the values.
+    The function sees neurons as the last dimension. Raises ValueError where what it makes is no tensor like the values.
     """
     values, before = copies[site.values], set(graph.nodes)
     readers = [copies[node] for node in (site.readers if readers is None else readers)]

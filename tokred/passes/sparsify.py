@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.calibration import Calibration
-from tokred.compiler.axes import Axes
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.cost import Gate, Skipped
 from tokred.compiler.linears import linear_of
@@ -158,9 +158,7 @@ def _told(
     return site.at(sketch=sketch)
 
 
-def _words(
-    site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int, choosing: Choosing
-) -> str:
+def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int, choosing: Choosing) -> str:
     words = choosing.words(site, method) if isinstance(method, Chosen) else method.words(site.place)
     if _skips(method) and (reason := readable(site, parameters)):
         words = f"{words} by masking: {reason}"

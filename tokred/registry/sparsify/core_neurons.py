@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-import torch
 from torch import Tensor
 
 from tokred.registry.method import check_fraction, keep_fraction
@@ -20,16 +19,16 @@ class CoreNeurons(Chosen):
 
     Wang et al.: "CoreInfer: Accelerating Large Language Model Inference with Semantics-Inspired Adaptive Sparse
     Activation", 2024, arXiv 2410.18311: its token-wise and sentence-wise core neurons; the neuron side of CoreMatching
-    (ICML 2025, arXiv 2505.19235). A token's core are the largest `token_keep` of its positive activations (as the last linear of the MLP
-    reads them); the prompt's are the `keep` F neurons that are in most of its tokens' cores, padding apart; of those in as
-    many, the first. The prompt itself is computed with all neurons. The released code takes as many of every token as
-    is the share of the mean number of positive ones; here it is the share of the token's own, as in the paper. Its
-    prediction from clusters of other prompts is left out.
+    (ICML 2025, arXiv 2505.19235). A token's core are the largest `token_keep` of its positive activations, those that
+    the last linear of the MLP reads; the prompt's are the `keep` F neurons that are in most of its tokens' cores,
+    padding apart; of those in as many, the first. The prompt itself is computed with all neurons. The released code
+    takes as many neurons of every token, that share of the mean number of positive ones; here it is the share of the
+    token's own. Sets of other prompts that are like this one are left out.
 
     One set serves a whole batch: all its tokens vote together, and so a sample's text depends on the others. What a
-    prompt chose goes with its cache, so other generations may come in between; it needs `tokred.compile`. Several tokens
-    behind a cache (a prompt in parts, another turn) vote too. A cache that no compiled prompt filled is decoded with all
-    neurons.
+    prompt chose goes with its cache, so other generations may come in between; this needs `tokred.compile`. Several
+    tokens behind a cache (a prompt in parts, another turn) vote too, and are computed with all neurons. A cache that no
+    compiled prompt filled is decoded with all of them, op by op.
 
     keep         the share of neurons that stay, rounded, at least one; 0.4
     ratio        the share left out instead
