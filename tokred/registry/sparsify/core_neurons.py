@@ -7,7 +7,8 @@ from math import ceil
 
 from torch import Tensor
 
-from tokred.registry.method import check_fraction, keep_fraction
+from tokred.errors import ArgumentError
+from tokred.registry.method import keep_fraction
 from tokred.registry.neurons import Chosen, Neurons
 from tokred.registry.register import register
 
@@ -45,7 +46,9 @@ class CoreNeurons(Chosen):
     def __post_init__(self) -> None:
         super().__post_init__()
         keep_fraction(self.name, self.keep, self.ratio, 0.4)
-        check_fraction(self.name, "keep", self.token_keep)
+        number = isinstance(self.token_keep, (int, float)) and not isinstance(self.token_keep, bool)
+        if not number or not 0 < self.token_keep <= 1:
+            raise ArgumentError(f"{self.name}(token_keep={self.token_keep!r}): a share in (0, 1]")
 
     def default_layers(self, depth: int) -> list[int]:
         return list(range(round(depth * 6 / 32), round(depth * 27 / 32)))
