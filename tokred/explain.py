@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from tokred.compiler.extras import extras_of
+from tokred.compiler.extras import supplier
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
 from tokred.compiler.report import GraphReport, Report, TokenPicture
@@ -64,10 +64,10 @@ def _traced(done: Compiled, gm: fx.GraphModule) -> Any:
     if not done.changed:
         return gm.forward
 
-    extras = extras_of(done.graph)
+    supply = supplier(done.graph, fresh=True)
 
     def call(*inputs: Any) -> Any:
-        results = list(done.graph(*inputs, *(x for extra in extras for x in extra.fresh(inputs))))
+        results = list(done.graph(*inputs, *supply(inputs)))
         if not done.report.pictures:
             done.report.pictures = _pictures(done.applied, results[len(results) - len(done.applied) :])
             done.report.image = _image(inputs)

@@ -13,7 +13,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import tokred
-from tests.passes.sparse_models import TWO, example, linears, made
+from tests.decoders.models import build, prompts
+from tests.passes.sparse_models import TWO, example, linears, made, masking
 from tests.passes.test_skip_weights import LoraLinear
 from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
@@ -239,6 +240,28 @@ def dense_rows(model: Any, ids: Tensor) -> dict[str, list[Tensor]]:
     return found
 
 
+def test_other_methods_in_the_layers_between() -> None:
+    """Whose extra inputs stand between those of this one."""
+    model, inputs = build("llama"), padded("llama")
+    layers = model.model.layers
+    with ByHand(nn.ModuleList([layers[0], layers[2]])) as hands:
+        hands.real = inputs["attention_mask"]
+        cut = {f"{n}": layers[n].mlp.act_fn for n in (1, 3)}
+        for number in (1, 3):
+            layers[number].mlp.act_fn = copy.deepcopy(layers[number].mlp.act_fn)
+            cut[str(number)] = layers[number].mlp.act_fn
+        with masking(cut, lambda _, x: x if x.shape[1] > 1 else torch.where(x.abs() > 0.2, x, 0.0), inputs=False):
+            wanted = generated(model, inputs, tokens=4)
+    recipe = "core_neurons(layers=[0, 2]) + cats(threshold=0.2, layers=[1, 3])"
+    same(generated(fast(model, recipe), inputs, tokens=4), wanted)
+    names = [str(row.method).partition("(")[0] for row in mlps(1)]
+    assert names == ["core_neurons", "cats", "core_neurons", "cats", "None"]
+    cache = logits(model, inputs["input_ids"][:1], use_cache=True).past_key_values  # cats alone acts behind it
+    with masking(cut, lambda _, x: torch.where(x.abs() > 0.2, x, 0.0), inputs=False):
+        wanted_token = logits(model, inputs["input_ids"][:1, :1], past_key_values=copy.deepcopy(cache)).logits
+    close(logits(fast(model, recipe), inputs["input_ids"][:1, :1], past_key_values=cache).logits, wanted_token)
+
+
 def test_a_cache_that_no_compiled_prompt_filled_is_decoded_with_all_neurons(caplog: Any) -> None:
     model, ids = made("llama"), example("llama")
     compiled = fast(model)
@@ -288,6 +311,18 @@ def test_weights_that_want_gradients_are_masked_instead() -> None:
     with ByHand(model):
         eager = logits(model, ids, use_cache=True).past_key_values
         close(out.logits.detach(), logits(model, ids[:, :1], past_key_values=eager).logits)
+
+
+@pytest.mark.slow
+def test_the_language_model_of_a_vlm_chooses_and_its_encoder_does_not() -> None:
+    model, inputs = build("llava"), prompts(3, model="llava")
+    inputs.pop("position_ids")
+    with ByHand(model.model.language_model) as hands:
+        hands.real = inputs["attention_mask"]
+        wanted = generated(model, inputs, tokens=5)
+    same(generated(fast(model), inputs, tokens=5), wanted)
+    rows = {row.module: row for row in mlps(0)}
+    assert all((row.refusal is None) == ("language_model" in name) for name, row in rows.items()), rows
 
 
 @pytest.mark.slow

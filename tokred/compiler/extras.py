@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-__all__ = ["Extra", "extra_input", "extras_of", "fakes_of", "with_extras"]
+__all__ = ["Extra", "extra_input", "extras_of", "fakes_of", "supplier", "with_extras"]
 
 Compiled = Callable[..., Any]
 
@@ -52,14 +52,31 @@ def extra_input(graph: fx.Graph, name: str, extra: Extra, fake: Tensor) -> fx.No
 
 
 def extras_of(gm: fx.GraphModule) -> list[Extra]:
-    """Whose the extra inputs of a graph are, in the order of these."""
-    found = [node.meta["extra"] for node in gm.graph.find_nodes(op="placeholder") if "extra" in node.meta]
-    return list(dict.fromkeys(found))
+    """Whose the extra inputs of a graph are, each once."""
+    return list(dict.fromkeys(_owners(gm)))
 
 
 def fakes_of(gm: fx.GraphModule) -> list[Tensor]:
     """The extra inputs themselves, as fake tensors: sizes of real ones would become symbols of no source."""
     return [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder") if "extra" in node.meta]
+
+
+def supplier(gm: fx.GraphModule, *, fresh: bool = False) -> Callable[[Sequence[Any]], list[Tensor]]:
+    """From the model's own inputs of a call to the extra ones; `fresh`: see Extra."""
+    owners = _owners(gm)
+    extras = list(dict.fromkeys(owners))
+    grouped = [place for extra in extras for place, owner in enumerate(owners) if owner is extra]
+    places = sorted(range(len(grouped)), key=grouped.__getitem__)  # those of several passes may take turns
+
+    def supply(inputs: Sequence[Any]) -> list[Tensor]:
+        given = [x for extra in extras for x in (extra.fresh(inputs) if fresh else extra.give(inputs))]
+        return [given[place] for place in places]
+
+    return supply
+
+
+def _owners(gm: fx.GraphModule) -> list[Extra]:
+    return [node.meta["extra"] for node in gm.graph.find_nodes(op="placeholder") if "extra" in node.meta]
 
 
 def with_extras(
@@ -70,14 +87,14 @@ def with_extras(
     taking      whose the extra results are, in their order; behind the model's `own` ones
     otherwise   what is called where an extra has nothing to give
     """
-    giving = extras_of(gm)
-    if not giving and not taking:
+    extras, supply = extras_of(gm), supplier(gm)
+    if not extras and not taking:
         return compiled
 
     def call(*inputs: Any) -> Any:
-        if otherwise is not None and not all(extra.ready() for extra in giving):
+        if otherwise is not None and not all(extra.ready() for extra in extras):
             return otherwise(*inputs)
-        results = compiled(*inputs, *(x for extra in giving for x in extra.give(inputs)))
+        results = compiled(*inputs, *supply(inputs))
         if not taking:
             return results
         place = own

@@ -72,7 +72,6 @@ class Mlp:
     ups: list[fx.Node]
     form: str  # plain, gated, packed, routed (one op holds all of it)
     layer: int = 0
-    depth: int = 1  # how many layers there are
     module: str = ""
     source: str = ""
     tokens: Any = 0
@@ -82,6 +81,7 @@ class Mlp:
     products: tuple[fx.Node, ...] = ()  # every product of the block, those of LoRA branches too
     outputs: tuple[Linear, ...] = ()  # the last linear, if its weight can be read off
     inputs: tuple[Linear, ...] = ()  # the first ones
+    depth: int = 1  # of how many layers it is one
 
 
 def find_mlps(gm: fx.GraphModule, axes: Axes, attentions: list[Attention]) -> list[Mlp]:
@@ -117,8 +117,7 @@ def _mlp(node: fx.Node, axes: Axes, attentions: list[Attention], loras: Mapping[
     rest = tuple(d for d, dim in enumerate(dims) if d != channel and any(id(atom) in axis for atom in dim))
     tokens = times([atom.size for d in rest for atom in dims[d] if id(atom) in axis]) if axis else _rows(node, channel)
     form = "routed" if routed else "gated" if len(ups) == 2 else "packed" if packed else "plain"
-    place = {"module": module_path(node), "source": source_line(node)}
-    mlp = Mlp(node, ups, form, **place, tokens=tokens, token_dims=rest, axis=axis)
+    mlp = Mlp(node, ups, form, 0, module_path(node), source_line(node), tokens, rest, axis)
     if routed:
         mlp.products = (node,)
     else:

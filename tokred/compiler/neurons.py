@@ -96,8 +96,8 @@ def find_experts(gm: fx.GraphModule, blocks: Blocks) -> list[Mlp]:
     for node in grouped:
         first = _grouped_before(node.all_input_nodes[0])
         if first is not None:
-            place = {"module": module_path(node), "source": source_line(node)}
-            found.append(Mlp(node, [first], "experts", len(found), **place, tokens=_size(node, 0)))
+            place = (len(found), module_path(node), source_line(node))
+            found.append(Mlp(node, [first], "experts", *place, tokens=_size(node, 0)))
     for mlp in found:
         mlp.depth = max(mlp.depth, len(found))
     return found

@@ -189,7 +189,7 @@ def _transform(
     applied = list(reduced.applied.values())
     changed, computed = graph is not captured, [*rewritten.applied, *skipped.applied]
     caches = Delivered(reduced.caches) if reduced.caches else None
-    extras = [extra for extra in (memory, caches, sparse.votes) if extra is not None]
+    extras: list[Extra] = [extra for extra in (memory, caches, sparse.votes) if extra is not None]
     own = len(captured.graph.output_node().args[0])  # type: ignore[arg-type]
     return Compiled(graph, report, changed, applied, computed, own, extras, packing, dense)
 

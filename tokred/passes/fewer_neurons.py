@@ -78,10 +78,12 @@ class Fewer:
             weight, bias = next(remaining), None if linear.bias is None else next(remaining)
             env[node] = step(linear.node, _product, env[linear.input], weight, bias, linear.rows)
         for node in self.between:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            if node.target in SIZED:
+            target: Any = node.target
+            arguments: Any = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            args, kwargs = arguments
+            if target in SIZED:
                 args = (args[0], [*args[1][:-1], self.count], *args[2:])
-            env[node] = step(node, partial(node.target, **kwargs), *args)  # type: ignore[arg-type]
+            env[node] = step(node, partial(target, **kwargs), *args)
         results = []
         for linear in self.tails:
             weight, bias = next(remaining), None if linear.bias is None else env[linear.bias]

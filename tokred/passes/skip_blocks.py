@@ -13,7 +13,7 @@ from torch import fx
 
 from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.capture import is_parameter, tensor_meta
-from tokred.compiler.graphs import reaches
+from tokred.compiler.graphs import PRODUCTS, reaches
 from tokred.compiler.report import Refusal
 from tokred.compiler.residual import residual_of
 from tokred.errors import ArgumentError
@@ -65,7 +65,7 @@ def skip_blocks(gm: fx.GraphModule, blocks: Blocks, original: Blocks, methods: t
                 reason = "its layer has another attention, and which is which does not show in every graph"
                 done.refused.setdefault(block, (method, Refusal("cross-attention", reason, where)))
                 continue
-            join = _join(block.down if isinstance(block, Mlp) else block.anchor, fixed)
+            join = _join(block.down if isinstance(block, Mlp) else _attended(block), fixed)
             if join is None:
                 reason = "what it gives is not just added to the stream that it reads"
                 done.refused.setdefault(block, (method, Refusal("no-residual", reason, where)))
@@ -89,6 +89,12 @@ def _own_attention(block: Attention, original: Blocks) -> bool:
     """Whether its stream has as many attentions as MLPs."""
     attentions = sum(other.axis == block.axis for other in original.attentions)
     return attentions == sum(mlp.axis == block.axis for mlp in original.mlps)
+
+
+def _attended(block: Attention) -> fx.Node:
+    """What an attention gives: of a softmax, its product with the values."""
+    products = [user for user in block.value.users if user.target in PRODUCTS and reaches(block.anchor, user)]
+    return products[0] if products else block.anchor
 
 
 def _fixed(gm: fx.GraphModule) -> set[fx.Node]:

@@ -54,7 +54,7 @@ class CoreNeurons(Chosen):
         return list(range(round(depth * 6 / 32), round(depth * 27 / 32)))
 
     def kept(self, place: Neurons) -> int:
-        return max(round(keep_fraction(self.name, self.keep, self.ratio, 0.4) * place.size), 1)
+        return max(round(keep_fraction(self.name, self.keep, self.ratio, 0.4) * int(place.size)), 1)
 
     def votes(self, values: Tensor) -> Tensor:
         size = values.shape[-1]
