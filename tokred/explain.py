@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from tokred.compiler.extras import supplier
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
-from tokred.compiler.relaid import relaid_inputs, supplied
 from tokred.compiler.report import GraphReport, Report, TokenPicture
 
 __all__ = ["as_compiled", "explain"]
@@ -64,16 +64,14 @@ def _traced(done: Compiled, gm: fx.GraphModule) -> Any:
     if not done.changed:
         return gm.forward
 
-    graph = supplied(done.graph, relaid_inputs(done.graph))
+    supply = supplier(done.graph, fresh=True)
 
     def call(*inputs: Any) -> Any:
-        state = [] if done.memory is None else done.memory.fresh(inputs)
-        results = list(graph(*inputs, *state))
-        own = len(results) - len(done.applied)
+        results = list(done.graph(*inputs, *supply(inputs)))
         if not done.report.pictures:
-            done.report.pictures = _pictures(done.applied, results[own:])
+            done.report.pictures = _pictures(done.applied, results[len(results) - len(done.applied) :])
             done.report.image = _image(inputs)
-        return tuple(results[: own - len(state)])
+        return tuple(results[: done.own])
 
     return call
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from tokred.compiler.caches import Kept, collect
+from tokred.compiler.requests import Turn, serving
 
 __all__ = ["PrunedLayer", "traced_whole", "with_pruned_caches"]
 
@@ -80,33 +81,42 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
     _mask_by_cache(model)
     vision = _sees(model)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with traced_whole(model, vision=vision):
-            return compiled(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, Turn]:
+        turn = Turn(_request_of((*args, *kwargs.values())))
+        with traced_whole(model, vision=vision), serving(turn):
+            return compiled(*args, **kwargs), turn
 
     @wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal vision
         with collect() as kept:
             try:
-                output = run(*args, **kwargs)
+                output, turn = run(*args, **kwargs)
             except (GuardOnDataDependentSymNode, UserError) as error:
                 if not vision:
                     raise
                 vision = False  # this model decides on such numbers: better several graphs than none
                 log.info("%s: traced in pieces: %s", type(model).__name__, str(error).split("\n", 1)[0])
-                output = run(*args, **kwargs)
-        inner = [part for part in output.values() if isinstance(part, ModelOutput)] if kept else []
+                output, turn = run(*args, **kwargs)
+        fields = output.values() if isinstance(output, ModelOutput) and (kept or turn.begun) else ()
+        inner = [part for part in fields if isinstance(part, ModelOutput)]
         for part in (output, *inner):  # BLIP-2's has its language model's output inside
             cache = getattr(part, "past_key_values", None) or kwargs.get("past_key_values")
             if kept and cache is not None:
                 _adopt(cache, kept)
+            if turn.begun and cache is not None:
+                cache.tokred_request = turn.request
         return output
 
     result.forward = forward
     if vision and hasattr(model, ENCODE):
         setattr(result, ENCODE, _encode_in_prefill(getattr(model, ENCODE)))
     return result
+
+
+def _request_of(inputs: Iterable[Any]) -> Any:
+    """What the prompt chose that filled the cache among a call's inputs; None if that was no compiled one."""
+    return next((value.tokred_request for value in inputs if hasattr(value, "tokred_request")), None)
 
 
 def _encode_in_prefill(ahead: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tokred.backends.kernels.neurons import sparse_linear
 from tokred.compiler import relaid
 from tokred.compiler.capture import capture
-from tokred.compiler.relaid import Relaid, lower_relaid, neuron_major, relaid_input, relaid_inputs, supplied, untracked
+from tokred.compiler.extras import extras_of, with_extras
+from tokred.compiler.relaid import Relaid, RelaidInput, neuron_major, relaid_input, untracked
 from tokred.passes.graph_edit import copy_graph
 
 aten = torch.ops.aten
@@ -31,8 +32,8 @@ def relaid_backend(gm: Any, inputs: list[Any]) -> Any:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     captured.recompile()
-    backend.numbers = relaid_inputs(captured)
-    return lower_relaid(captured, inputs, lambda gm, _: gm.forward)
+    backend.numbers = [extra.number for extra in extras_of(captured) if isinstance(extra, RelaidInput)]
+    return with_extras(captured.forward, captured)
 
 
 class backend:  # what the last compilation saw
@@ -132,7 +133,8 @@ def test_a_number_written_through_data_is_seen_by_graphs_made_afterwards() -> No
     weight, x = nn.Parameter(torch.randn(40, 40), requires_grad=False), torch.randn(1, 40)
 
     def made() -> Any:
-        return supplied(lambda x, w, copy: sparse_linear(x, copy, None, torch.tensor(0.0)), [1])
+        extra = RelaidInput(1)
+        return lambda x, w: sparse_linear(x, *extra.give((x, w)), None, torch.tensor(0.0))
 
     before = made()
     torch.testing.assert_close(before(x, weight), x @ weight.T)
@@ -185,9 +187,10 @@ def test_what_cannot_be_followed_is_refused() -> None:
 def test_a_wrapped_call_looks_at_each_parameter_it_gets() -> None:
     first, second = torch.randn(3, 4), torch.randn(3, 4)
     x = torch.randn(1, 4)
-    call = supplied(lambda x, w, copy: sparse_linear(x, copy, None, torch.tensor(0.0)), [1])
+    extra = RelaidInput(1)
     for weight in (first, second, first):
-        torch.testing.assert_close(call(x, weight), x @ weight.T)
+        (copy,) = extra.give([x, weight])
+        torch.testing.assert_close(sparse_linear(x, copy, None, torch.tensor(0.0)), x @ weight.T)
 
 
 def test_a_copied_graph_keeps_its_relaid_inputs() -> None:
@@ -201,8 +204,8 @@ def test_a_copied_graph_keeps_its_relaid_inputs() -> None:
         assert added.meta["val"].shape == weight.meta["val"].T.shape and added.meta["val"].is_contiguous()
         with pytest.raises(ValueError):
             relaid_input(captured.graph, captured.graph.output_node())
-        found = relaid_inputs(captured)
-        assert len(found) == 1 and relaid_inputs(copy_graph(captured)) == found
+        found = extras_of(captured)
+        assert len(found) == 1 and extras_of(copy_graph(captured)) == found
         return gm.forward
 
     with torch.no_grad():

@@ -28,7 +28,10 @@ def routers(layers=12, channels=32):
     return weights | {f"layers.{n}.router.bias": torch.tensor([n / 10]) for n in range(layers)}
 
 
-IMPORTS = {"mixture_of_depths": {"routers": routers()}}  # what a method cannot do without
+IMPORTS = {  # what a method cannot do without
+    "mixture_of_depths": {"routers": routers()},
+    "skip_block": {"weights": [0.5, 0.1, 0.9], "ratio": 0.4, "blocks": "both"},
+}
 
 
 @pytest.mark.slow

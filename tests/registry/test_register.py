@@ -40,6 +40,8 @@ BUILT_IN = {
     "token_sparse_attention": "sparsify",
     "cats": "sparsify",
     "teal": "sparsify",
+    "core_neurons": "sparsify",
+    "skip_block": "sparsify",
     "random_neurons": "baseline",
 }
 

@@ -36,7 +36,7 @@ def renumber(blocks: Blocks, original: Blocks) -> Blocks:
     """After a rewrite: the same blocks keep their layer numbers, and one that lost its tokens says so."""
     if len(blocks.mlps) == len(original.mlps):
         for mlp, was in zip(blocks.mlps, original.mlps, strict=True):
-            mlp.layer, mlp.module, mlp.source = was.layer, was.module, was.source
+            mlp.layer, mlp.depth, mlp.module, mlp.source = was.layer, was.depth, was.module, was.source
     if len(blocks.attentions) != len(original.attentions):
         return blocks
     for block, before in zip(blocks.attentions, original.attentions, strict=True):

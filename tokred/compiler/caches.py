@@ -7,7 +7,7 @@ beside the graph's results to whoever collects it during the call (tokred.genera
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor, fx
 
 from tokred.compiler.attention import Attention
 from tokred.compiler.capture import tensor_meta
+from tokred.compiler.extras import Extra
 from tokred.compiler.relations import same
 from tokred.compiler.residual import CONTRACTIONS, residual_of
 
-__all__ = ["Caches", "Kept", "collect", "delivering", "find_caches"]
+__all__ = ["Caches", "Delivered", "Kept", "collect", "find_caches"]
 
 aten = torch.ops.aten
 
@@ -155,15 +156,15 @@ def collect() -> Iterator[list[Kept]]:
         _local.kept = outer
 
 
-def delivering(compiled: Callable[..., Any], places: list[tuple[int, int, int]]) -> Callable[..., Any]:
-    """`compiled` without its extra results: (result, extra result with its rows, number of tokens) for each cache."""
-    own = min(extra for _, extra, _ in places)
+class Delivered(Extra):
+    """Results that say which rows are left in caches: (cache, its result's number; number of the extra result that has
+    its rows; number of tokens that there were) for each. They go to whoever collects them."""
 
-    def call(*inputs: Any) -> Any:
-        results = compiled(*inputs)
+    def __init__(self, places: list[tuple[int, int, int]]):
+        self.places = places
+        self.results = 1 + max(rows for _, rows, _ in places)
+
+    def take(self, own: Sequence[Any], more: Sequence[Any]) -> None:
         kept = getattr(_local, "kept", None)
         if kept is not None:
-            kept += [Kept(results[cached], results[rows], tokens) for cached, rows, tokens in places]
-        return results[:own]
-
-    return call
+            kept += [Kept(own[cached], more[rows], tokens) for cached, rows, tokens in self.places]

@@ -111,6 +111,7 @@ class Skipped:
     weights: int  # how many numbers they are
     kernels: int
     active: float
+    together: bool = False  # whether all rows have the same active ones
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def predict_neurons(skipped: Iterable[Skipped], machine: Machine) -> Prediction:
     saves = costs = 0.0
     for part in skipped:
         rows = math.prod(hint(size) for size in part.values.shape[:-1])
-        dtype, unread = part.values.dtype, (1 - part.active) ** rows
+        dtype, unread = part.values.dtype, (1 - part.active) ** (1 if part.together else rows)
         flops = 2.0 * rows * part.weights * (1 - part.active)
         saves += machine.seconds({dtype: flops}, part.weights * dtype.itemsize * unread)
         costs += machine.seconds({}, 0, part.kernels)

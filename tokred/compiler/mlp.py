@@ -81,6 +81,7 @@ class Mlp:
     products: tuple[fx.Node, ...] = ()  # every product of the block, those of LoRA branches too
     outputs: tuple[Linear, ...] = ()  # the last linear, if its weight can be read off
     inputs: tuple[Linear, ...] = ()  # the first ones
+    depth: int = 1  # of how many layers it is one
 
 
 def find_mlps(gm: fx.GraphModule, axes: Axes, attentions: list[Attention]) -> list[Mlp]:
@@ -91,6 +92,8 @@ def find_mlps(gm: fx.GraphModule, axes: Axes, attentions: list[Attention]) -> li
     for mlp in mlps:
         mlp.layer = counts.get(mlp.axis, 0)
         counts[mlp.axis] = mlp.layer + 1
+    for mlp in mlps:
+        mlp.depth = counts[mlp.axis]
     return mlps
 
 

@@ -14,7 +14,7 @@ from tokred.compiler.causal import is_causal
 from tokred.compiler.linears import Linear, attention_linears, find_loras
 from tokred.registry.neurons import Neurons
 
-__all__ = ["NeuronSite", "decodes", "find_experts", "find_neurons", "prompts"]
+__all__ = ["NeuronSite", "decodes", "find_experts", "find_neurons", "phase_of", "prompts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +51,7 @@ class NeuronSite:
 
 def find_neurons(gm: fx.GraphModule, blocks: Blocks) -> list[NeuronSite]:
     """All of them, in the order of the blocks: MLPs, then attentions."""
-    depths: dict[tuple[int, ...], int] = {}
-    for mlp in blocks.mlps:
-        depths[mlp.axis] = max(depths.get(mlp.axis, 0), mlp.layer + 1)
-    sites = [site for mlp in blocks.mlps for site in _of_mlp(mlp, depths[mlp.axis])]
+    sites = [site for mlp in blocks.mlps for site in _of_mlp(mlp)]
     loras = find_loras(gm)
     for block in blocks.attentions:
         linears = attention_linears(block, loras)
@@ -63,8 +60,8 @@ def find_neurons(gm: fx.GraphModule, blocks: Blocks) -> list[NeuronSite]:
     return sites
 
 
-def _of_mlp(mlp: Mlp, depth: int) -> Iterator[NeuronSite]:
-    gating = mlp.gating
+def _of_mlp(mlp: Mlp) -> Iterator[NeuronSite]:
+    gating, depth = mlp.gating, mlp.depth
     if gating is not None:
         gate = tuple(linear for linear in mlp.inputs if _makes(linear, gating.gate.linear))
         size = _size(gating.activated, mlp.outputs[0].channel)
@@ -101,6 +98,8 @@ def find_experts(gm: fx.GraphModule, blocks: Blocks) -> list[Mlp]:
         if first is not None:
             place = (len(found), module_path(node), source_line(node))
             found.append(Mlp(node, [first], "experts", *place, tokens=_size(node, 0)))
+    for mlp in found:
+        mlp.depth = max(mlp.depth, len(found))
     return found
 
 
@@ -141,3 +140,19 @@ def decodes(blocks: Blocks) -> bool:
 def prompts(blocks: Blocks) -> bool:
     """Whether a graph may be the first of a decoder's: its decoding comes in another graph."""
     return any(is_causal(block) for block in blocks.attentions if block.form == "self")
+
+
+def phase_of(blocks: Blocks) -> str:
+    """What a decoder's graph does: "begins" a prompt, "continues" one (several tokens behind a cache), or "decodes"
+    (one token behind a cache); "" for all others, those among them whose cache has a fixed length.
+
+    blocks   of the graph as it was captured
+    """
+    cached = [block.refusal is not None and block.refusal.code == "decode" for block in blocks.attentions]
+    if decodes(blocks):
+        keys = [tensor_meta(block.key).shape[-2] for block in blocks.attentions]  # type: ignore[union-attr]
+        alone = all(isinstance(n, int) and n == 1 for n in keys)  # a prompt of one token
+        return "decodes" if all(cached) else "begins" if alone else ""
+    if any(cached):
+        return "continues"
+    return "begins" if prompts(blocks) else ""

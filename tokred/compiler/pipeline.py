@@ -14,13 +14,14 @@ from torch import fx
 from tokred.backends import lower
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Blocks, find_blocks, renumber
-from tokred.compiler.caches import delivering
+from tokred.compiler.caches import Delivered
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
-from tokred.compiler.memory import Memory, carrying
+from tokred.compiler.extras import Extra, extras_of, fakes_of, keep_sources, with_extras
+from tokred.compiler.memory import Memory
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
-from tokred.compiler.relaid import keep_sources, lower_relaid, relaid_inputs
+from tokred.compiler.relaid import RelaidInput
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
@@ -29,17 +30,19 @@ from tokred.errors import StrictError, TokredError
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
-from tokred.registry.neurons import Sparsity
+from tokred.registry.neurons import Chosen, Sparsity
+from tokred.registry.skip import Skip
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
+    from tokred.passes.skip_blocks import Skipped
     from tokred.passes.sparsify import Sparsified
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
 log = logging.getLogger("tokred")
 
-NEVER_MEANT = {"not-causal", "cross-attention", "single-query"}  # what no AttentionRewrite of causal attention computes
+NEVER_MEANT = {"not-causal", "cross-attention", "single-query", "no-residual"}  # what another stack may be refused for
 
 Observer = Callable[[str, fx.GraphModule], None]
 
@@ -52,10 +55,11 @@ class Compiled:
     report: GraphReport
     changed: bool = False
     applied: list[Any] = field(default_factory=list)  # the sites that acted, in order
-    rewritten: list[Any] = field(default_factory=list)  # the attentions that a method computes in another way
-    caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
+    rewritten: list[Any] = field(default_factory=list)  # blocks that a method computes in another way, or leaves out
+    own: int = 0  # how many of its results are the model's
+    extras: list[Extra] = field(default_factory=list)  # whose the results behind those are, in their order
     packing: Packing | None = None  # the same graph for a batch with padding
-    memory: Memory | None = None  # what the graph carries from call to call, as more inputs and results
+    dense: fx.GraphModule | None = None  # the same graph for a request of which no prompt is known
 
 
 def compile_graph(
@@ -74,17 +78,28 @@ def compile_graph(
     if done.changed:
         keep_sources(graph, gm)
     into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
-    if done.memory is not None:
-        more = graph.graph.find_nodes(op="placeholder")[len(example_inputs) :]
-        example_inputs = [*example_inputs, *(node.meta["val"] for node in more if "relaid" not in node.meta)]
     if done.packing is None:
-        compiled = lower_relaid(graph, example_inputs, into)
+        compiled = into(graph, [*example_inputs, *fakes_of(graph)])
     else:
         compiled = lower_padded(graph, example_inputs, done.packing, into)
     if options.verify:
         compiled = verified(compiled, stages, done.report)
-    compiled = delivering(compiled, done.caches) if done.caches else compiled
-    return (compiled if done.memory is None else carrying(compiled, done.memory)), done.report
+    dense = None if done.dense is None else _said_once(with_extras(done.dense.forward, done.dense), done.report.model)
+    return with_extras(compiled, graph, done.extras, done.own, dense), done.report
+
+
+def _said_once(dense: Callable[..., Any], model: str) -> Callable[..., Any]:
+    """A graph that is run op by op, which is slow."""
+    said = False
+
+    def call(*inputs: Any) -> Any:
+        nonlocal said
+        if not said:
+            log.warning("%s: no compiled prompt filled this cache: decoded with all neurons, op by op", model)
+        said = True
+        return dense(*inputs)
+
+    return call
 
 
 def transform(
@@ -128,7 +143,7 @@ def _transform(
     graph = _exact(captured, options, report, observe)
     axes = Axes(graph.graph) if graph is not captured else axes
     blocks = renumber(find_blocks(graph, axes), original) if graph is not captured else original
-    if _cuts_dead_layer(options, blocks):  # its cache would hold what the recipe drops
+    if _cuts_dead_layer(options, blocks) or _asks_dead_layer(options, blocks, original):
         report.passes.clear()
         graph = _exact(captured, options, report, observe, leave_out="drop_dead_tokens")
         axes = Axes(graph.graph)
@@ -152,7 +167,8 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    sparse = _sparsify(rewritten.graph, graph, original, blocks, example_inputs, options, report, gate)
+    skipped = _skip(rewritten.graph, graph, original, blocks, options, report, observe)
+    sparse, dense = _sparsify(skipped, graph, original, blocks, axes, example_inputs, options, report, gate)
     if options.recipe.of(Sparsity):
         observe("sparsify", sparse.graph)
     exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
@@ -162,19 +178,22 @@ def _transform(
         if graph is not unskipped:
             observe("relu_exact", graph)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, sparse, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, skipped, sparse, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten, sparse)
+    _enforce(options, report, reduced, rewritten, skipped, sparse)
     packing = None
-    if memory is None and not relaid_inputs(graph):  # of so few tokens none is padding; a recipe's own masks hide none
+    if not extras_of(graph):  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
-    changed, computed = graph is not captured, list(rewritten.applied)
-    return Compiled(graph, report, changed, applied, computed, reduced.caches, packing, memory)
+    changed, computed = graph is not captured, [*rewritten.applied, *skipped.applied]
+    caches = Delivered(reduced.caches) if reduced.caches else None
+    extras: list[Extra] = [extra for extra in (memory, caches, sparse.votes) if extra is not None]
+    own = len(captured.graph.output_node().args[0])  # type: ignore[arg-type]
+    return Compiled(graph, report, changed, applied, computed, own, extras, packing, dense)
 
 
 def _fuse_frames(
@@ -212,6 +231,16 @@ def _cuts_dead_layer(options: Options, blocks: Blocks) -> bool:
     layer = [method for method in options.recipe.of(Reduction) if method.scope == "layer"]
     cutting = [method for method in layer if image or "visual" not in method.needs]
     return any(method.acts_on(b.layer, b.depth, b.module) for b in dead for method in cutting)
+
+
+def _asks_dead_layer(options: Options, blocks: Blocks, original: Blocks) -> bool:
+    """Whether a method counts what all tokens do in an MLP of which liveness left only the rows that are read."""
+    methods = options.recipe.of(Chosen)
+    if not methods or len(blocks.mlps) != len(original.mlps):
+        return False
+    found = zip(blocks.mlps, original.mlps, strict=True)
+    dead = [was for mlp, was in found if str(mlp.tokens) != str(was.tokens)]
+    return any(method.acts_on(mlp.layer, mlp.depth, mlp.module) for mlp in dead for method in methods)
 
 
 def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packing | None:
@@ -276,45 +305,84 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
-def _sparsify(
+def _skip(
     gm: fx.GraphModule,
     exact: fx.GraphModule,
     original: Blocks,
     blocks: Blocks,
+    options: Options,
+    report: GraphReport,
+    observe: Observer,
+) -> Skipped:
+    """What the recipe leaves out, after tokens were reduced. `blocks` are `exact`'s."""
+    from tokred.passes.skip_blocks import Skipped, skip_blocks
+
+    methods = options.recipe.of(Skip)
+    if not methods:
+        return Skipped(gm, left=original)
+    started = time.perf_counter()
+    if gm is not exact:
+        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
+    done = skip_blocks(gm, blocks, original, methods)
+    report.passes.append(PassReport("skip_blocks", False, len(done.applied), time.perf_counter() - started))
+    observe("skip_blocks", done.graph)
+    return done
+
+
+def _sparsify(
+    skipped: Skipped,
+    exact: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    axes: Axes,
     example_inputs: list[Any],
     options: Options,
     report: GraphReport,
     gate: Gate,
-) -> Sparsified:
-    """What methods leave out of MLPs and linears, after tokens were reduced. `blocks` are `exact`'s."""
+) -> tuple[Sparsified, fx.GraphModule | None]:
+    """What methods leave out of the MLPs and linears that are left. `blocks` are `exact`'s.
+
+    With it comes the same graph without what a prompt chose, where it cannot be called without a prompt.
+    """
     from tokred.passes.sparsify import Sparsified, sparsify
 
-    methods = options.recipe.of(Sparsity)
+    gm, methods = skipped.graph, options.recipe.of(Sparsity)
     if not methods:
-        return Sparsified(gm)
+        return Sparsified(gm), None
     started = time.perf_counter()
     if gm is not exact:
-        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # what is carried is behind them
+        axes = Axes(gm.graph)
+        blocks = renumber(find_blocks(gm, axes), skipped.left)
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # a memory's are behind them
     parameters = {node.name: value for node, value in inputs}
-    done = sparsify(gm, original, blocks, methods, options.calibration, parameters, gate=gate)
+    run = partial(
+        sparsify, gm, original, blocks, axes, calibration=options.calibration, parameters=parameters, gate=gate
+    )
+    done = run(methods, companion=options.companion)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
-    copies = [n.meta["val"] for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
+    copies = [n for n in done.graph.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("extra"), RelaidInput)]
     if copies:
-        size = sum(copy.numel() * copy.element_size() for copy in copies)
+        size = sum(copy.meta["val"].nbytes for copy in copies)
         report.notes.append(f"{len(copies)} weights are kept a second time, neuron by neuron: {size / 2**20:.1f} MiB")
-    return done
+    if not done.gathered:
+        return done, None
+    report.notes.append(f"what a prompt chose is gathered behind it: {done.gathered / 2**20:.1f} MiB")
+    return done, run(tuple(method for method in methods if not isinstance(method, Chosen))).graph
 
 
-def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any, sparse: Sparsified) -> None:
+def _enforce(
+    options: Options, report: GraphReport, reduced: Any, rewritten: Any, skipped: Skipped, sparse: Sparsified
+) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
-    refused += [(block.layer, str(method), refusal) for block, (method, refusal) in sparse.refused.items()]
+    for found in (skipped.refused, sparse.refused):
+        refused += [(block.layer, str(method), refusal) for block, (method, refusal) in found.items()]
     # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
     refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]
-    computed = {str(method) for method, _ in rewritten.applied.values()}  # an encoder beside them was not meant
+    acted = [*rewritten.applied.values(), *skipped.applied.values()]
+    computed = {str(method) for method, _ in acted}  # an encoder beside them was not meant
     refused = [entry for entry in refused if entry[1] not in computed or entry[2].code not in NEVER_MEANT]
     for layer, method, refusal in refused:
         log.info("%s layer %d: %s refused: %s", report.model, layer, method, refusal.reason)

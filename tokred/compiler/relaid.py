@@ -1,12 +1,12 @@
 """Copies of parameters in another layout: made once, used by all graphs, made again when the parameter has changed.
 
-A graph takes such a copy as one more input (`relaid_input`), and a wrapper around the compiled graph hands it in at
-each call (`lower_relaid`). So it is never a constant of the compiled code, and a changed parameter costs no recompile.
+A graph takes such a copy as one more input (`relaid_input`; extras.py says how it gets there). So it is never a
+constant of the compiled code, and a changed parameter costs no recompile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from ctypes import string_at
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
@@ -14,9 +14,9 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Relaid", "keep_sources", "lower_relaid", "neuron_major", "relaid_input", "relaid_inputs", "untracked"]
+from tokred.compiler.extras import Extra, extra_input
 
-Compiled = Callable[..., Any]
+__all__ = ["Relaid", "RelaidInput", "neuron_major", "relaid_input", "untracked"]
 
 GLIMPSE = 64  # bytes at each of two places
 
@@ -121,6 +121,22 @@ def _glimpse(parameter: Tensor) -> bytes:
 # -- in graphs --------------------------------------------------------------------------------------------------------
 
 
+class RelaidInput(Extra):
+    """A graph's input that is the copy of another one, the parameter of this number; looked at anew at each call."""
+
+    stays = True
+
+    def __init__(self, number: int):
+        self.number = number
+        self._known: Relaid | None = None
+
+    def give(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        parameter, known = inputs[self.number], self._known
+        if known is None or not known.fits(parameter):
+            known = self._known = Relaid.entry(parameter, anew=known is None)
+        return (known.copy,)
+
+
 def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     """The graph's input for the neuron-major copy of the parameter `weight`, itself an input: found, or put last.
 
@@ -129,67 +145,12 @@ def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
     number = inputs.index(weight)
     for node in inputs:
-        if node.meta.get("relaid") == number:
+        extra = node.meta.get("extra")
+        if isinstance(extra, RelaidInput) and extra.number == number:
             return node
-    with graph.inserting_after(inputs[-1]):
-        node = graph.placeholder(f"{weight.name}_relaid")
     fake = weight.meta["val"]
     with fake.fake_mode, torch.no_grad():
-        node.meta["val"] = neuron_major(fake.detach()).clone(memory_format=torch.contiguous_format)
-    node.meta |= {"relaid": number, "is_parameter": True}
+        copy = neuron_major(fake.detach()).clone(memory_format=torch.contiguous_format)
+    node = extra_input(graph, f"{weight.name}_relaid", RelaidInput(number), copy)
+    node.meta["is_parameter"] = True
     return node
-
-
-def relaid_inputs(gm: fx.GraphModule) -> list[int]:
-    """For each input that `relaid_input` added, the number of the parameter; they are the last ones."""
-    return [node.meta["relaid"] for node in gm.graph.find_nodes(op="placeholder") if "relaid" in node.meta]
-
-
-def lower_relaid(
-    gm: fx.GraphModule, inputs: list[Any], lower: Callable[[fx.GraphModule, list[Any]], Compiled]
-) -> Compiled:
-    """Lower a graph that may take relaid parameters: the result takes `inputs` alone."""
-    numbers = relaid_inputs(gm)
-    if not numbers:
-        return lower(gm, inputs)
-    fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[-len(numbers) :]]
-    return supplied(lower(gm, [*inputs, *fakes]), numbers)  # sizes of a real tensor would become symbols of no source
-
-
-def keep_sources(graph: fx.GraphModule, gm: fx.GraphModule) -> None:
-    """Tell AOTAutograd of the rewritten `graph` what Dynamo tells it of `gm`: which inputs are parameters.
-
-    What CUDA graphs are not told to stay in its place they copy in front of each replay: all weights, and more bytes
-    than a method leaves unread. Relaid copies stay as well. Not of graphs with weights of their own as attributes,
-    which Dynamo gave no names.
-    """
-    places = gm.graph.find_nodes(op="placeholder")
-    known = "dynamo_compile_id" in gm.meta and all(hasattr(node, "_dynamo_source") for node in places)
-    if not known or [*graph.parameters(), *graph.buffers()]:
-        return
-    added: list[fx.Node] = list(graph.graph.find_nodes(op="placeholder"))
-    for old, new in zip(places, added, strict=False):
-        new._dynamo_source = old._dynamo_source
-        new.meta |= {key: old.meta[key] for key in ("tensor_dict",) if key in old.meta}
-    for new in added[len(places) :]:
-        new._dynamo_source = None  # type: ignore[attr-defined]
-        if "relaid" in new.meta:
-            new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    graph.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
-    graph._param_name_to_source = {}
-
-
-def supplied(compiled: Compiled, numbers: list[int]) -> Compiled:
-    """`compiled` with the copies of the inputs of these numbers behind its own inputs, looked at anew at each call."""
-    known: list[Relaid | None] = [None] * len(numbers)
-
-    def call(*inputs: Any) -> Any:
-        copies = []
-        for place, number in enumerate(numbers):
-            parameter, entry = inputs[number], known[place]
-            if entry is None or not entry.fits(parameter):
-                entry = known[place] = Relaid.entry(parameter, anew=entry is None)
-            copies.append(entry.copy)
-        return compiled(*inputs, *copies)
-
-    return call

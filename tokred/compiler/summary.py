@@ -54,6 +54,7 @@ def summarize(
     axes: Axes,
     reduced: Any,
     rewritten: Any,
+    skipped: Any,
     sparse: Any,
     final: fx.GraphModule,
 ) -> None:
@@ -67,6 +68,7 @@ def summarize(
     rows = [(place[block.anchor], row) for block, row in attentions]
     rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
     shown = [row for _, row in sorted(rows, key=itemgetter(0))]
+    _show_sparse(shown, skipped)
     _show_sparse(shown, sparse)
     report.blocks += shown
     report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]

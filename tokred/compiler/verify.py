@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokred.compiler.relaid import relaid_inputs, supplied
 from tokred.compiler.report import GraphReport
 from tokred.errors import VerifyError
 
@@ -35,9 +34,8 @@ def verified(
         pending = False
         before, name = None, ""
         for stage, graph in stages:
-            relaid = relaid_inputs(graph)
-            takes = len(graph.graph.find_nodes(op="placeholder")) - len(relaid)  # before frames are fused, fewer
-            results = _run(supplied(graph.forward, relaid), inputs[:takes])
+            takes = len(graph.graph.find_nodes(op="placeholder"))  # those that a later pass added are behind them
+            results = _run(graph.forward, inputs[:takes])
             if before is not None and stage not in lossy:
                 _compare(before, results, f"stage {stage!r} of {report.model} differs from {name!r}")
             before, name = results, stage

@@ -11,6 +11,7 @@ from torch._guards import detect_fake_mode
 
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.capture import tensor_meta
+from tokred.compiler.extras import extra_input
 from tokred.compiler.memory import Memory
 from tokred.compiler.options import Options
 from tokred.compiler.record import record
@@ -154,14 +155,14 @@ def _rewrite(gm: fx.GraphModule, method: FrameFusion, found: _Found) -> Fused:
     if found.probe is not None:
         kinds["relevance"] = ((images.shape[0], patches), wide)
     given = _place_of(gm, images.shape[0])
-    last = graph.find_nodes(op="placeholder")[-1]
-    before: dict[str, Any] = {}
+    sizes = {name: tuple(n if isinstance(n, int) else None for n in shape) for name, (shape, _) in kinds.items()}
+    made = [(sizes[name], dtype, images.device) for name, (_, dtype) in kinds.items()]
+    memory, before = Memory(method, made, given), {}
     for name, (shape, dtype) in kinds.items():
-        with graph.inserting_after(last):
-            last = before[name] = graph.placeholder(f"tokred_before_{name}")
         assert mode is not None
         with mode:
-            last.meta = {"val": torch.empty(shape, dtype=dtype, device=images.device), "source_name": last.name}
+            fake = torch.empty(shape, dtype=dtype, device=images.device)
+        before[name] = extra_input(graph, f"tokred_before_{name}", memory, fake)
 
     def fuse(features: Tensor, pixels: Tensor, before: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         seen = Frames(before["pixels"], before["features"], before.get("relevance"), found.patch)
@@ -182,9 +183,6 @@ def _rewrite(gm: fx.GraphModule, method: FrameFusion, found: _Found) -> Fused:
     output.args = ((*results, *(carried[name] for name in kinds)),)
     graph.lint()
     copy.recompile()
-    sizes = {name: tuple(n if isinstance(n, int) else None for n in shape) for name, (shape, _) in kinds.items()}
-    made = tuple((sizes[name], dtype, images.device) for name, (_, dtype) in kinds.items())
-    memory = Memory(method, made, given, len(results))
     line = f"{method}: {patches} tokens of each image are its own or the last call's; saves no compute"
     return Fused(copy, memory, [line])
 

@@ -55,7 +55,7 @@ class Reduced:
     returned: dict[Attention, tuple[Reduction, Any, Any]] = field(default_factory=dict)  # tokens before and after
     restored: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     lengths: dict[fx.Node, dict[int, Any]] = field(default_factory=dict)  # old node -> {dimension: present length}
-    caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.delivering
+    caches: list[tuple[int, int, int]] = field(default_factory=list)  # see tokred.compiler.caches.Delivered
     anchors: dict[Attention, fx.Node] = field(default_factory=dict)  # what computes each attention now
 
 
@@ -324,7 +324,6 @@ class _Run:
     def _kept_in_caches(self) -> tuple[fx.Node, ...]:
         """For each cache that became shorter, [B K] which of the axis' own rows are left: more results of the graph."""
         extra: dict[Stage, fx.Node] = {}
-        own = len(self.gm.graph.output_node().args[0])  # type: ignore[arg-type]
         for node, place in self.caches.whole.items():
             value = self.lift.env[node]
             staged = [f for _, _, f in rows_of(value.layout)]
@@ -341,7 +340,7 @@ class _Run:
                     return index
 
                 extra[stage] = self.lift.emit(rows, value.node, maps)
-            self.reduced.caches.append((place, own + list(extra).index(stage), stage.root.length))
+            self.reduced.caches.append((place, list(extra).index(stage), stage.root.length))
         return tuple(extra.values())
 
     def _stage(

@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
+from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.calibration import Calibration
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.cost import Gate, Skipped
 from tokred.compiler.linears import linear_of
 from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neurons, prompts
-from tokred.compiler.record import record
 from tokred.compiler.report import Refusal
-from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
-from tokred.passes.indices import same_shape
+from tokred.compiler.requests import Votes
+from tokred.passes.choose_neurons import Choosing
+from tokred.passes.fewer_neurons import masked
+from tokred.passes.graph_edit import copy_graph, keep_output_strides, refresh
 from tokred.passes.outcome import Outcome
 from tokred.passes.skip_weights import Skipping, readable
-from tokred.registry.neurons import Neurons, Sparsity, Threshold
+from tokred.registry.neurons import Chosen, Sparsity, Threshold
 
 __all__ = ["Sparsified", "sparsify"]
 
 Block = Mlp | Attention
-Sparsified = Outcome[Block, Sparsity]
+
+
+@dataclass
+class Sparsified(Outcome[Block, Sparsity]):
+    """What sparsify did.
+
+    votes      who takes the graph's last results, where it is a prompt's that chooses neurons
+    gathered   how many bytes of weights are gathered for each request, where it decodes with chosen neurons
+    """
+
+    votes: Votes | None = None
+    gathered: int = 0
 
 
 def sparsify(
     gm: fx.GraphModule,
     original: Blocks,
     blocks: Blocks,
+    axes: Axes,
     methods: tuple[Sparsity, ...],
+    *,
     calibration: Calibration | None,
     parameters: Mapping[str, Tensor],
-    *,
     gate: Gate,
+    companion: bool = False,
 ) -> Sparsified:
     """Mask values where the methods say so; the first method that acts on a block has it to itself.
 
     original     the model as the user wrote it, which says whether this graph decodes
-    blocks       those of `gm`, with their layers' numbers in the model
+    blocks       those of `gm`, found on these axes, with their layers' numbers in the model
     parameters   by the names of the graph's placeholders
     gate         what skipping weights is worth, and whether that is asked
+    companion    see Options
     """
     done = Sparsified(gm)
+    choosing = Choosing(gm, blocks, axes, original, parameters, companion=companion)
     chosen: list[tuple[NeuronSite, Sparsity]] = []
     for block, sites in _by_block(find_neurons(gm, blocks)).items():
         for method in methods:
@@ -53,15 +71,15 @@ def sparsify(
             if block in done.applied or not method.acts_on(place.layer, place.depth, place.module):
                 continue
             mine = [site for site in sites if site.place.role in method.acts_at]
-            refusal = _unfit(block, method, mine, original, calibration)
+            refusal = _unfit(block, method, mine, original, calibration, choosing)
             if refusal is not None:
                 done.refused.setdefault(block, (method, refusal))
                 continue
             told = [_told(site, method, calibration, parameters, gm) for site in mine]
             told = [site for site in told if not method.idle(site.place)]
             if told:
-                said = [_words(site, method, parameters, len(told)) for site in told]
-                skipped = [_skipped(site, method) for site in told if _skips(method) and not readable(site, parameters)]
+                said = [_words(site, method, parameters, len(told), choosing) for site in told]
+                skipped = [_skipped(site, method) for site in told if _spares(site, method, parameters, choosing)]
                 note, refusal = gate.neurons(block, skipped)
                 if refusal is not None:
                     done.refused.setdefault(block, (method, refusal))
@@ -79,8 +97,7 @@ def sparsify(
                     "each token has experts of its own, whose weights lie stacked: no operator skips parts of these"
                 )
                 done.refused.setdefault(mlp, (method, Refusal("experts", reason, _where(mlp))))
-    if chosen:
-        _rewrite(done, gm, chosen, parameters)
+    _rewrite(done, gm, chosen, methods, parameters, choosing)
     return done
 
 
@@ -92,7 +109,12 @@ def _by_block(sites: Iterable[NeuronSite]) -> dict[Block, list[NeuronSite]]:
 
 
 def _unfit(
-    block: Block, method: Sparsity, sites: list[NeuronSite], original: Blocks, calibration: Calibration | None
+    block: Block,
+    method: Sparsity,
+    sites: list[NeuronSite],
+    original: Blocks,
+    calibration: Calibration | None,
+    choosing: Choosing,
 ) -> Refusal | None:
     """Why a method has nothing to do here; None if it has."""
     where = _where(block)
@@ -100,7 +122,10 @@ def _unfit(
         return Refusal("not-gated", f"{method.name} thresholds the gate of an MLP, and this one has none", where)
     if not sites:
         return None
-    if method.phase == "decode" and not decodes(original):
+    if isinstance(method, Chosen):
+        if (refusal := choosing.unfit(sites[0], method)) is not None:
+            return refusal
+    elif method.phase == "decode" and not decodes(original):
         if prompts(original):
             return Refusal("prefill", f"{method.name} acts on one token a sequence; phase='masked' on all", where)
         return Refusal("no-decode", f"{method.name} acts while decoding, which this is no model for", where)
@@ -133,8 +158,8 @@ def _told(
     return site.at(sketch=sketch)
 
 
-def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int) -> str:
-    words = method.words(site.place)
+def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int, choosing: Choosing) -> str:
+    words = choosing.words(site, method) if isinstance(method, Chosen) else method.words(site.place)
     if _skips(method) and (reason := readable(site, parameters)):
         words = f"{words} by masking: {reason}"
     return f"{site.place.role}: {words}" if of > 1 else words
@@ -143,7 +168,12 @@ def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor],
 def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
     """What a method leaves unread at a site, if what a calibration found holds."""
     values = tensor_meta(site.values)
-    assert values is not None and isinstance(method, Threshold)
+    assert values is not None
+    if isinstance(method, Chosen):
+        linears = [*site.block.inputs, *site.block.outputs]  # type: ignore[union-attr]
+        sizes = [meta.numel() for linear in linears if (meta := tensor_meta(linear.weight)) is not None]
+        return Skipped(values, sum(sizes), 0, method.kept(site.place) / site.place.size, together=True)
+    assert isinstance(method, Threshold)
     linears, up = list(site.linears), None
     if site.place.role == "gate" and isinstance(site.block, Mlp) and site.block.gating is not None:
         up = linear_of(site.block.gating.up.linear)
@@ -165,17 +195,32 @@ def _skips(method: Sparsity) -> bool:
     return isinstance(method, Threshold) and method.phase == "decode"
 
 
+def _spares(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], choosing: Choosing) -> bool:
+    """Whether this graph reads fewer weights at a site."""
+    if isinstance(method, Chosen):
+        return choosing.decodes_fewer(site, method)
+    return _skips(method) and not readable(site, parameters)
+
+
 def _rewrite(
-    done: Sparsified, gm: fx.GraphModule, chosen: list[tuple[NeuronSite, Sparsity]], parameters: Mapping[str, Tensor]
+    done: Sparsified,
+    gm: fx.GraphModule,
+    chosen: list[tuple[NeuronSite, Sparsity]],
+    methods: tuple[Sparsity, ...],
+    parameters: Mapping[str, Tensor],
+    choosing: Choosing,
 ) -> None:
     """Write what was decided into a copy of the graph; where a method raises it is refused at the whole block."""
     copy = copy_graph(gm)
     copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
     skipping = Skipping(copy.graph, copies, parameters)
+    choosing.begin()
     changed: list[fx.Node] = []
     for site, method in chosen:
         try:
-            if isinstance(method, Threshold) and _skips(method) and not readable(site, parameters):
+            if isinstance(method, Chosen):
+                changed += choosing.write(copy.graph, copies, site, method)
+            elif isinstance(method, Threshold) and _skips(method) and not readable(site, parameters):
                 changed += _skip(skipping, site, method)
             else:
                 changed.append(_mask(copy.graph, copies, site, method))
@@ -185,11 +230,16 @@ def _rewrite(
             done.refused[site.block] = (method, Refusal("method-raised", reason, _where(site.block)))
             del done.applied[site.block]
             others = [(other, its) for other, its in chosen if other.block is not site.block]
-            _rewrite(done, gm, others, parameters)  # anew: the block's other sites may be written already
+            _rewrite(
+                done, gm, others, methods, parameters, choosing
+            )  # anew: the block's other sites may be written already
             return
     if changed:
         refresh(copy.graph, changed)
         keep_output_strides(copy, gm)
+    choosers = any(isinstance(method, Chosen) and method.phase == "decode" for method in methods)
+    done.votes, done.gathered = choosing.finish(copy.graph) if choosers else None, choosing.size
+    if changed or choosing.keys:
         copy.graph.eliminate_dead_code()
         copy.recompile()
         done.graph = copy
@@ -205,30 +255,10 @@ def _skip(skipping: Skipping, site: NeuronSite, method: Threshold) -> list[fx.No
     new = skipping.gated(site, threshold, active)
     if new:
         return new
-    masked = _mask(skipping.graph, skipping.copies, site, method)
-    return [masked, *skipping.inputs(site.block.outputs, 0.0, active)]  # type: ignore[union-attr]
+    gate = _mask(skipping.graph, skipping.copies, site, method)
+    return [gate, *skipping.inputs(site.block.outputs, 0.0, active)]  # type: ignore[union-attr]
 
 
 def _mask(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Sparsity) -> fx.Node:
     """Let what reads the site's values read the masked ones, which are returned."""
-    values, before = copies[site.values], set(graph.nodes)
-    readers = [copies[node] for node in site.readers]
-    meta = tensor_meta(values)
-    assert meta is not None
-    with graph.inserting_before(min(readers)):
-        masked = record(graph, partial(_masked, method=method, place=site.place, channel=site.channel), (values,))
-    now = tensor_meta(masked)
-    if now is None or not same_shape(now.shape, meta.shape) or now.dtype != meta.dtype:
-        shown = "no tensor" if now is None else f"{list(now.shape)} {now.dtype}"
-        raise ValueError(f"masked() gives {shown} for {list(meta.shape)} {meta.dtype}")
-    inherit([node for node in graph.nodes if node not in before], values)
-    for reader in readers:
-        reader.replace_input_with(values, masked)
-    found: fx.Node = masked
-    return found
-
-
-def _masked(values: Tensor, *, method: Sparsity, place: Neurons, channel: int) -> Tensor:
-    if channel == -1:
-        return method.masked(values, place)
-    return method.masked(values.movedim(channel, -1), place).movedim(-1, channel)
+    return masked(graph, copies, site, partial(method.masked, place=site.place))

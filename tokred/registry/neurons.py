@@ -12,7 +12,7 @@ from tokred.errors import ArgumentError
 from tokred.registry.method import Method
 from tokred.registry.sketch import Sketch
 
-__all__ = ["Neurons", "Sparsity", "Threshold"]
+__all__ = ["Chosen", "Neurons", "Sparsity", "Threshold"]
 
 PHASES = ("decode", "masked")
 
@@ -68,6 +68,47 @@ class Sparsity(Method):
     def words(self, place: Neurons) -> str:
         """What it does at this place, for the report."""
         return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Sparsity):
+    """Keeps the neurons of an MLP that a whole prompt votes for: the same ones for all samples of a batch, and for all
+    tokens that are generated behind it, so that decoding is an ordinary dense product with fewer neurons.
+
+    phase   "decode": prompts are computed as they were, and vote; "masked": each text votes, and is computed with what
+            it chose, by masking
+    """
+
+    acts_at: ClassVar[tuple[str, ...]] = ("down",)
+
+    def kept(self, place: Neurons) -> int:
+        """How many neurons stay."""
+        raise NotImplementedError
+
+    def votes(self, values: Tensor) -> Tensor:
+        """[.. F] what each token gives each neuron: integers, or booleans. Plain tensor code, traced into the graph.
+
+        values   [.. F] what the last linear of the MLP reads
+        """
+        raise NotImplementedError
+
+    def counted(self, values: Tensor, real: Tensor | None = None) -> Tensor:
+        """[F] int64, the votes of all tokens together; `real` [.. ] is False for padding, None where there is none."""
+        votes = self.votes(values)
+        if real is not None:
+            votes = votes * real.unsqueeze(-1)
+        return votes.flatten(0, -2).sum(0, dtype=torch.int64)
+
+    def idle(self, place: Neurons) -> bool:
+        return bool(self.kept(place) >= place.size)
+
+    def masked(self, values: Tensor, place: Neurons, real: Tensor | None = None) -> Tensor:
+        best = self.counted(values, real).argsort(descending=True, stable=True)[: self.kept(place)]
+        chosen = torch.zeros(values.shape[-1], dtype=torch.bool, device=values.device).index_fill(0, best, True)
+        return torch.where(chosen, values, 0.0)
+
+    def words(self, place: Neurons) -> str:
+        return f"{self.kept(place)} of {place.size} neurons"
 
 
 @dataclass(frozen=True, kw_only=True)

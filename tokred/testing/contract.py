@@ -62,12 +62,14 @@ def check_method(
     - the same frames give the same results; an image's tokens do not depend on the others
     - float32, bfloat16, float64; a dynamic number of samples, of which another one begins anew; finite gradients
 
+    A `Skip` instead: what leaves nothing out is bitwise the model; otherwise shapes, types and gradients as above.
+
     A `Sparsity` instead:
 
     - with `sparsity=0` nothing is left out, and the compiled model is bitwise the model; so it is on prompts while the
       method means the decoding
     - `masked` sets numbers to zero and leaves all others as they are; the same inputs give the same mask; a sample's
-      does not depend on its batch
+      does not depend on its batch, except where samples choose together (`Chosen`)
     - it acts in a small decoder with gated MLPs; float32, bfloat16, float64; finite gradients
 
     method         a method object, its class (then with default options), or a recipe string of one method
@@ -91,8 +93,8 @@ def check_method(
             torch.manual_seed(0)
             check_frames(subject, nothing, prompt)
         return
-    else:
-        assert isinstance(subject, Reduction) and isinstance(nothing, Reduction)
+    elif isinstance(subject, Reduction):
+        assert isinstance(nothing, Reduction)
         for place in places(nothing):
             removed = nothing.removed(place)
             assert removed == 0, f"{nothing} removes {removed} of {place.tokens} tokens, not 0"

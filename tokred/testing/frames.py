@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.compiler.memory import Memory
 from tokred.registry.frames import FrameFusion, Frames
 from tokred.testing.models import WIDTH, TinyPrompt, compiled
 
@@ -48,7 +49,8 @@ def _play(method: FrameFusion, model: nn.Module, frames: list[Inputs]) -> list[T
     outputs = [function(*frame) for frame in frames]
     entries = [entry for graph in run.graphs for entry in graph.report.passes if entry.name == "fuse_frames"]
     refusals = "; ".join(refusal.reason for entry in entries for refusal in entry.refusals)
-    assert any(graph.memory for graph in run.graphs), f"{method} acts in no model: {refusals or 'no image tokens'}"
+    carried = any(isinstance(extra, Memory) for graph in run.graphs for extra in graph.extras)
+    assert carried, f"{method} acts in no model: {refusals or 'no image tokens'}"
     return outputs
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from tokred.compiler.memory import carrying
+from tokred.compiler.extras import with_extras
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
 from tokred.registry.method import Method, Reduction
@@ -162,7 +162,7 @@ def compiled(model: nn.Module, method: Method) -> tuple[Callable[..., Any], Run]
         done = transform(gm, inputs, options, lambda stage, graph: None)
         run.graphs.append(done)
         graph = done.graph if done.changed else gm
-        return graph if done.memory is None else carrying(graph, done.memory)
+        return with_extras(graph, graph, done.extras, done.own)
 
     return torch.compile(model, backend=backend), run
 

@@ -1,0 +1,214 @@
+"""skip_block against the eager model whose modules give zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import tokred
+from tests.decoders.models import build, prompts
+from tests.passes.sparse_models import ENCODER, MODELS, example, made
+from tokred.errors import ArgumentError
+from tokred.registry.recipe import parse_recipe
+
+EXACT = 1e-9  # relative to the outputs, in float64
+MLPS = {  # what gives a layer's MLP's share of the stream, norms and scales behind it included
+    "gemma3": "post_feedforward_layernorm",
+    "olmo2": "post_feedforward_layernorm",
+    "opt": "fc2",
+    "dinov2": "layer_scale2",
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    tokred.reset()
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def dinov2() -> Any:
+    torch.manual_seed(3)
+    model = hf.Dinov2Model(hf.Dinov2Config(**ENCODER | {"layerscale_value": 0.7})).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.dim() > 1 else None
+    return model
+
+
+def model_of(name: str) -> Any:
+    if name == "dinov2":
+        return dinov2()
+    return made(name) if name in MODELS else build(name)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The longest list of modules."""
+    return list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len))
+
+
+@contextmanager
+def zeroed(modules: list[nn.Module]) -> Iterator[None]:
+    """Inside, these modules give zeros."""
+
+    def zero(module: Any, args: Any, out: Any) -> Any:
+        return out * 0 if isinstance(out, Tensor) else (out[0] * 0, *out[1:])
+
+    handles = [module.register_forward_hook(zero) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mlp_of(name: str, layer: nn.Module) -> nn.Module:
+    return layer.get_submodule(MLPS.get(name, "mlp"))
+
+
+def run(model: Any, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(inputs)[0]  # type: ignore[no-any-return]
+
+
+def compiled(model: Any, recipe: str, **options: Any) -> Any:
+    chosen: dict[str, Any] = {"recipe": recipe, "lower": "eager", "strict": True, **options}
+    return torch.compile(model, backend="tokred", fullgraph=True, options=chosen)
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=EXACT, atol=EXACT * float(wanted.abs().max()))
+
+
+def report(kind: str = "mlp") -> list[Any]:
+    return [row for row in tokred.reports().graphs[0].blocks if row.kind == kind]
+
+
+def inputs_of(name: str) -> Tensor:
+    return example("vit" if name in ("vit", "dinov2") else name)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "olmo2", "dinov2"])
+def test_a_layer_without_its_mlp(name: str) -> None:
+    model, inputs = model_of(name), inputs_of(name)
+    layers = layers_of(model)
+    last = len(layers) - 1
+    with zeroed([mlp_of(name, layers[last])]):
+        wanted = run(model, inputs)
+    got = run(compiled(model, f"skip_block(layers=[{last}])"), inputs)
+    assert (wanted - run(model, inputs)).abs().max() > 1e-3 * wanted.abs().max()
+    close(got, wanted)
+    assert [bool(row.method) for row in report()] == [False] * last + [True]
+    assert report()[last].flops[1] == 0 and report()[0].flops[1] == report()[0].flops[0]
+    assert "left out" in report()[last].note
+
+
+def test_weights_choose_the_smallest_and_layers_among_them() -> None:
+    model, inputs = build("llama"), example("llama")
+    layers = layers_of(model)
+    for recipe, gone in (
+        ("skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4], ratio=0.6)", (1, 3, 4)),
+        ("skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4], ratio=0.6, layers='3:')", (3, 4)),
+        ("skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4])", (1,)),
+    ):
+        tokred.reset()
+        torch.compiler.reset()
+        with zeroed([layers[number].mlp for number in gone]):
+            wanted = run(model, inputs)
+        close(run(compiled(model, recipe), inputs), wanted)
+        assert tuple(row.layer for row in report() if row.method) == gone
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "vit"])
+def test_an_attention_and_both(name: str) -> None:
+    model, inputs = made(name), inputs_of(name)
+    layer = layers_of(model)[1]
+    attention = {"gemma3": "post_attention_layernorm", "vit": "attention"}.get(name, "self_attn")
+    for blocks, modules in (
+        ("attention", [layer.get_submodule(attention)]),
+        ("both", [layer.get_submodule(attention), mlp_of(name, layer)]),
+    ):
+        tokred.reset()
+        torch.compiler.reset()
+        with zeroed(modules):
+            wanted = run(model, inputs)
+        close(run(compiled(model, f"skip_block(layers=[1], blocks={blocks!r})"), inputs), wanted)
+        assert [bool(row.method) for row in report("attention")] == [False, True]
+
+
+def test_attention_and_mlp_side_by_side() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
+    model = hf.GPTJForCausalLM(hf.GPTJConfig(**sizes)).double().eval()
+    inputs, layer = example("llama"), layers_of(model)[0]
+    for blocks, modules in (("mlp", [layer.mlp]), ("attention", [layer.attn]), ("both", [layer.mlp, layer.attn])):
+        tokred.reset()
+        torch.compiler.reset()
+        with zeroed(modules):
+            wanted = run(model, inputs)
+        close(run(compiled(model, f"skip_block(layers=[0], blocks={blocks!r})"), inputs), wanted)
+
+
+def test_generate_goes_on_without_the_blocks() -> None:
+    """In all graphs; another method's layers keep their numbers, and the caches their lengths."""
+    model, inputs = build("llama"), prompts(3)
+    inputs.pop("position_ids")
+    layers = layers_of(model)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with zeroed([layers[1].mlp, layers[1].self_attn]), torch.no_grad():
+        wanted = model.generate(**inputs, **options)
+    recipe = "skip_block(layers=[1], blocks='both') + core_neurons(layers=[3])"
+    fast = tokred.compile(model, recipe.split(" + ")[0], lower="eager", strict=True, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(fast.generate(**inputs, **options), wanted)
+    assert len(tokred.reports().graphs) == 3
+    tokred.reset()
+    torch.compiler.reset()
+    fast = tokred.compile(model, recipe, lower="eager", strict=True, fullgraph=True)
+    with torch.no_grad():
+        fast.generate(**inputs, **options)
+    for graph in tokred.reports().graphs:
+        acted = [row for row in graph.blocks if row.kind == "mlp" and row.method]
+        assert [(row.layer, row.method.partition("(")[0]) for row in acted] == [(1, "skip_block"), (3, "core_neurons")]
+
+
+class Gated(nn.Module):
+    """A stream that an MLP scales: no sum with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        q = self.q(x).unsqueeze(1)
+        x = x + nn.functional.scaled_dot_product_attention(q, q, q).squeeze(1)
+        return (x * self.down(self.up(x).relu()) + x.mean(1, keepdim=True),)
+
+
+def test_what_is_not_just_added_stays() -> None:
+    torch.manual_seed(0)
+    model, inputs = Gated().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    got = run(compiled(model, "skip_block(layers=[0])", strict=False), inputs)
+    assert torch.equal(got, run(model, inputs))
+    assert [row.refusal.code for row in report()] in (["no-residual"], [])
+
+
+def test_weights_for_another_depth_are_refused() -> None:
+    model, inputs = made("llama"), example("llama")
+    close(run(compiled(model, "skip_block(weights=[1, 2, 3])", strict=False), inputs), run(model, inputs))
+    assert {row.refusal.reason for row in report()} == {"skip_block: 3 weights for 2 layers"}
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "ratio=0.5", "layers=[1], blocks='norm'", "weights=[1, 'x']", "weights=[1.0], ratio=1"]
+)
+def test_arguments_out_of_range_are_errors(arguments: str) -> None:
+    with pytest.raises(ArgumentError, match="skip_block"):
+        parse_recipe(f"skip_block({arguments})")
