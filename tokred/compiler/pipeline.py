@@ -20,7 +20,7 @@ from tokred.compiler.cost import Gate
 from tokred.compiler.memory import Memory, carrying
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
-from tokred.compiler.relaid import lower_relaid, relaid_inputs
+from tokred.compiler.relaid import held, lower_relaid, relaid_inputs, values_of
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
@@ -30,8 +30,10 @@ from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
 from tokred.registry.neurons import Sparsity
+from tokred.registry.sparsify.lora_prune import LoraPrune
 
 if TYPE_CHECKING:
+    from tokred.passes.fold_loras import Folded
     from tokred.passes.pack_tokens import Packing
     from tokred.passes.sparsify import Sparsified
 
@@ -150,7 +152,11 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    sparse = _sparsify(rewritten.graph, graph, original, blocks, example_inputs, options, report, gate)
+    folded = _fold_loras(rewritten.graph, graph, original, blocks, example_inputs, options, report)
+    if options.recipe.of(LoraPrune):
+        observe("fold_loras", folded.graph)
+    sparse = _sparsify(folded.graph, graph, original, blocks, example_inputs, options, report, gate)
+    report.notes += held(sparse.graph)
     if options.recipe.of(Sparsity):
         observe("sparsify", sparse.graph)
     exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
@@ -160,11 +166,11 @@ def _transform(
         if graph is not unskipped:
             observe("relu_exact", graph)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, sparse, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, [folded, sparse], graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten, sparse)
+    _enforce(options, report, reduced, rewritten, folded, sparse)
     packing = None
     if memory is None and not relaid_inputs(graph):  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
@@ -274,6 +280,30 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
+def _fold_loras(
+    gm: fx.GraphModule,
+    exact: fx.GraphModule,
+    original: Blocks,
+    blocks: Blocks,
+    example_inputs: list[Any],
+    options: Options,
+    report: GraphReport,
+) -> Folded:
+    """What becomes of low-rank branches, before methods read the linears beside them. `blocks` are `exact`'s."""
+    from tokred.passes.fold_loras import Folded, fold_loras
+
+    methods = options.recipe.of(LoraPrune)
+    if not methods:
+        return Folded(gm)
+    started = time.perf_counter()
+    if gm is not exact:
+        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
+    done = fold_loras(gm, blocks, methods, values_of(gm, example_inputs))
+    seconds = time.perf_counter() - started
+    report.passes.append(PassReport("fold_loras", True, len(done.lines), seconds, done.lines, done.refusals))
+    return done
+
+
 def _sparsify(
     gm: fx.GraphModule,
     exact: fx.GraphModule,
@@ -293,23 +323,21 @@ def _sparsify(
     started = time.perf_counter()
     if gm is not exact:
         blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-    parameters = {node.name: value for node, value in inputs}
+    parameters = {node.name: value for node, value in values_of(gm, example_inputs).items()}
     done = sparsify(gm, original, blocks, methods, options.calibration, parameters, gate=gate)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
-    copies = [n.meta["val"] for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
-    if copies:
-        size = sum(copy.numel() * copy.element_size() for copy in copies)
-        report.notes.append(f"{len(copies)} weights are kept a second time, neuron by neuron: {size / 2**20:.1f} MiB")
     return done
 
 
-def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any, sparse: Sparsified) -> None:
+def _enforce(
+    options: Options, report: GraphReport, reduced: Any, rewritten: Any, folded: Folded, sparse: Sparsified
+) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
     refused += [(block.layer, str(method), refusal) for block, (method, refusal) in sparse.refused.items()]
+    refused += [(-1, LoraPrune.name, refusal) for refusal in folded.refusals]
     # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
     refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]
     computed = {str(method) for method, _ in rewritten.applied.values()}  # an encoder beside them was not meant

@@ -16,6 +16,7 @@ from tokred.compiler.cost import Gate, Skipped
 from tokred.compiler.linears import linear_of
 from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neurons, prompts
 from tokred.compiler.record import record
+from tokred.compiler.relaid import erase_unused_copies
 from tokred.compiler.report import Refusal
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
@@ -194,6 +195,7 @@ def _rewrite(
         refresh(copy.graph, changed)
         keep_output_strides(copy, gm)
         copy.graph.eliminate_dead_code()
+        erase_unused_copies(copy.graph)
         copy.recompile()
         done.graph = copy
 
