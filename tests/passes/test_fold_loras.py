@@ -1,5 +1,6 @@
 """Low-rank branches are merged or made smaller with the same numbers, and follow their parameters."""
 
+import gc
 import logging
 from functools import partial
 
@@ -160,10 +161,12 @@ def test_ranks_that_come_back_run_uncompiled_and_are_told(caplog):
 
 def test_the_report_states_the_memory_and_graphs_share_it():
     model, inputs = adapted(made("llama"), PeftLinear, only="q_proj"), example("llama")
+    gc.collect()
     start = Relaid.total()
-    for recipe, each in (("lora_prune()", 32 * 32), ("lora_prune(merge=False)", 3 * (32 + 32))):
+    wide, tall = model.model.layers[0].self_attn.q_proj.base_layer.weight.shape
+    for recipe, each in (("lora_prune()", wide * tall), ("lora_prune(merge=False)", 3 * (wide + tall))):
         run(compiled(model, recipe), inputs)
-        size = sum(each * 8 for _ in model.model.layers)
+        size = 2 * each * 8
         assert Relaid.total() - start == size
         (note,) = tokred.reports().graphs[0].notes
         assert note.endswith(f"held beside those that they are made of: {size / 2**20:.1f} MiB")
@@ -241,7 +244,7 @@ NOT_FOLDED = {
     "bias": (lambda m, x: m.base(x) + m.up(m.biased(x)), "branch"),
     "read twice": (lambda m, x: (y := m.base(x)) * (y + m.up(m.down(x))), "branch"),
     "broadcast": (lambda m, x: m.base(x) + m.up(m.down(x)).unsqueeze(0), "branch"),
-    "computed": (lambda m, x: m.base(x) + nn.functional.linear(m.down(x), m.up.weight * 2), "no-lora"),
+    "computed": (lambda m, x: m.base(x) + nn.functional.linear(m.down(x), m.up.weight * 2), "weight"),
 }
 
 
@@ -281,7 +284,7 @@ def test_dropout_in_training_and_wanted_gradients_are_refused():
         compiled(model)(x)
 
 
-@pytest.mark.parametrize("layers, folded", [([1], 7), ("0:1", 7), ("*q_proj*", 2), ("*.mlp", 6), ([5], 0)])
+@pytest.mark.parametrize("layers, folded", [([1], 7), ("0:1", 7), ("*q_proj*", 2), ("*mlp*", 6), ([5], 0)])
 def test_layers(layers, folded):
     model, inputs = adapted(made("llama"), PeftLinear), example("llama")
     wanted = run(model, inputs)
@@ -292,7 +295,7 @@ def test_layers(layers, folded):
 def test_an_adapted_head_belongs_to_no_layer():
     model, inputs = made("llama"), example("llama")
     model.lm_head = PeftLinear(model.lm_head)
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)
     close(run(compiled(model), inputs), run(model, inputs))
     assert entry().lines == ["lm_head.base_layer.weight: 1 of 4 ranks are zero, merged into its weight"]
     run(compiled(model, "lora_prune(layers=[0])", strict=False), inputs)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear as dense_linear
 
 from tokred.compiler.blocks import Attention, Blocks, Mlp
-from tokred.compiler.capture import module_path, source_line, tensor_meta
+from tokred.compiler.capture import module_path, source_line, tensor_meta, trace_into
 from tokred.compiler.graphs import between
 from tokred.compiler.linears import Linear, Lora, attention_linears, find_loras, unwrapped, wrapping
 from tokred.compiler.record import record
@@ -249,8 +249,8 @@ def _keep(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], lora: Lora, ranks:
     def product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return dense_linear(dense_linear(x.to(down.dtype), down).to(up.dtype), up).to(dtype)
 
-    with graph.inserting_before(join):
-        new: fx.Node = record(graph, product, (copies[lora.down.input], first, second))
+    with graph.inserting_before(join):  # as aten.linear, in which the number of ranks is no constant
+        new: fx.Node = trace_into(graph, product, (copies[lora.down.input], first, second))
     inherit([node for node in graph.nodes if node not in before], copies[lora.down.node])
     join.replace_input_with(old, new)
     return new
