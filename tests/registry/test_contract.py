@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tokred
+from tests.passes.test_adapt_width import weights
 from tokred import Keep, Merge, Reduction, Soft
 from tokred.registry.recipe import parse_recipe
 from tokred.testing import TinyViT, check_method, idle
@@ -27,7 +28,10 @@ def routers(layers=12, channels=32):
     return weights | {f"layers.{n}.router.bias": torch.tensor([n / 10]) for n in range(layers)}
 
 
-IMPORTS = {"mixture_of_depths": {"routers": routers()}}  # what a method cannot do without
+IMPORTS = {  # what a method cannot do without
+    "mixture_of_depths": {"routers": routers()},
+    "adaptive_width": {"learners": weights(layers=3, channels=32, dtype=torch.float32)},
+}
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ BUILT_IN = {
     "cats": "sparsify",
     "teal": "sparsify",
     "lora_prune": "sparsify",
+    "adaptive_width": "sparsify",
     "random_neurons": "baseline",
 }
 

@@ -30,9 +30,11 @@ from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
 from tokred.registry.neurons import Sparsity
+from tokred.registry.sparsify.adaptive_width import AdaptiveWidth
 from tokred.registry.sparsify.lora_prune import LoraPrune
 
 if TYPE_CHECKING:
+    from tokred.passes.adapt_width import Adapted
     from tokred.passes.fold_loras import Folded
     from tokred.passes.pack_tokens import Packing
     from tokred.passes.sparsify import Sparsified
@@ -155,7 +157,10 @@ def _transform(
     folded = _fold_loras(rewritten.graph, graph, original, blocks, example_inputs, options, report)
     if options.recipe.of(LoraPrune):
         observe("fold_loras", folded.graph)
-    sparse = _sparsify(folded.graph, graph, original, blocks, example_inputs, options, report, gate)
+    adapted = _adapt_width(folded.graph, graph, original, blocks, options, report)
+    if options.recipe.of(AdaptiveWidth):
+        observe("adapt_width", adapted.graph)
+    sparse = _sparsify(adapted.graph, graph, original, blocks, example_inputs, options, report, gate)
     report.notes += held(sparse.graph)
     if options.recipe.of(Sparsity):
         observe("sparsify", sparse.graph)
@@ -166,11 +171,11 @@ def _transform(
         if graph is not unskipped:
             observe("relu_exact", graph)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, [folded, sparse], graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, [folded, adapted, sparse], graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten, folded, sparse)
+    _enforce(options, report, reduced, rewritten, folded, [adapted, sparse])
     packing = None
     if memory is None and not relaid_inputs(graph):  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
@@ -304,6 +309,23 @@ def _fold_loras(
     return done
 
 
+def _adapt_width(
+    gm: fx.GraphModule, exact: fx.GraphModule, original: Blocks, blocks: Blocks, options: Options, report: GraphReport
+) -> Adapted:
+    """Imported learners in the place of MLPs. `blocks` are `exact`'s."""
+    from tokred.passes.adapt_width import Adapted, adapt_width
+
+    methods = options.recipe.of(AdaptiveWidth)
+    if not methods:
+        return Adapted(gm)
+    started = time.perf_counter()
+    if gm is not exact:
+        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
+    done = adapt_width(gm, blocks, methods)
+    report.passes.append(PassReport("adapt_width", False, len(done.applied), time.perf_counter() - started))
+    return done
+
+
 def _sparsify(
     gm: fx.GraphModule,
     exact: fx.GraphModule,
@@ -330,13 +352,14 @@ def _sparsify(
 
 
 def _enforce(
-    options: Options, report: GraphReport, reduced: Any, rewritten: Any, folded: Folded, sparse: Sparsified
+    options: Options, report: GraphReport, reduced: Any, rewritten: Any, folded: Folded, lighter: list[Any]
 ) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
-    refused += [(block.layer, str(method), refusal) for block, (method, refusal) in sparse.refused.items()]
+    for entry in lighter:
+        refused += [(block.layer, str(method), refusal) for block, (method, refusal) in entry.refused.items()]
     refused += [(-1, LoraPrune.name, refusal) for refusal in folded.refusals]
     # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
     refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]

@@ -108,10 +108,8 @@ class Relaid:
 
     def fits(self, *parameters: Any) -> bool:
         """Whether the copy is one of these parameters as they are now."""
-        for own, state, parameter in zip(self.parameters, self.states, parameters, strict=True):
-            if own() is not parameter or (parameter._version, parameter.data_ptr()) != state:
-                return False
-        return True
+        known: Any = zip(self.parameters, self.states, parameters, strict=True)
+        return all(own() is p and (p._version, p.data_ptr()) == state for own, state, p in known)
 
     def _renew(self, parameters: Sequence[Tensor]) -> None:
         """Make it again, in the same memory where it still fits: recorded CUDA graphs read there."""

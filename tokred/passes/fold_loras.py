@@ -104,7 +104,7 @@ def fold_loras(
 
 def _owners(blocks: Blocks, loras: dict[fx.Node, Lora]) -> dict[fx.Node, _Owner]:
     """By its node the owner of each linear of an attention or an MLP."""
-    owners = {}
+    owners: dict[fx.Node, _Owner] = {}
     for block in blocks.attentions:
         owners |= {linear.node: _Owner(block, block.depth) for linear in attention_linears(block, loras)}
     for mlp in blocks.mlps:
