@@ -133,7 +133,7 @@ def test_a_number_written_through_data_is_seen_by_graphs_made_afterwards() -> No
     weight, x = nn.Parameter(torch.randn(40, 40), requires_grad=False), torch.randn(1, 40)
 
     def made() -> Any:
-        extra = RelaidInput(1)
+        extra = RelaidInput((1,), neuron_major)
         return lambda x, w: sparse_linear(x, *extra.give((x, w)), None, torch.tensor(0.0))
 
     before = made()
@@ -187,7 +187,7 @@ def test_what_cannot_be_followed_is_refused() -> None:
 def test_a_wrapped_call_looks_at_each_parameter_it_gets() -> None:
     first, second = torch.randn(3, 4), torch.randn(3, 4)
     x = torch.randn(1, 4)
-    extra = RelaidInput(1)
+    extra = RelaidInput((1,), neuron_major)
     for weight in (first, second, first):
         (copy,) = extra.give([x, weight])
         torch.testing.assert_close(sparse_linear(x, copy, None, torch.tensor(0.0)), x @ weight.T)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.compiler.graphs import captured
 from tests.zoo.architectures import ARCHITECTURES
+from tokred.backends.kernels.learners import nested_learners
 from tokred.backends.kernels.neurons import gated_tail, sparse_linear
 from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Blocks, find_blocks
@@ -38,6 +39,10 @@ def causal(q: Tensor, k: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, k, is_causal=True)
 
 
+def learners(x: Tensor, up: Tensor, up_bias: Tensor, down_bias: Tensor) -> Any:
+    return nested_learners(x, torch.zeros(7, dtype=torch.long), up, up_bias, up, down_bias, "relu")
+
+
 r = torch.randn
 
 
@@ -57,6 +62,7 @@ r = torch.randn
         (attention, (r(2, 4, 5, 3), r(2, 4, 7, 3), r(2, 4, 7, 6)), 2 * 2 * 4 * 5 * 7 * (3 + 6)),
         (grouped, (r(2, 4, 5, 3), r(2, 2, 7, 3)), 2 * 2 * 4 * 5 * 7 * 6),
         (causal, (r(2, 4, 5, 3), r(2, 4, 5, 3)), 2 * 2 * 4 * 15 * 6),  # 1 + .. + 5 pairs
+        (learners, (r(7, 5), r(3, 4, 5), r(3, 4), r(3, 5)), 2 * 7 * 3 * 4 * (5 + 5)),  # all of them
         (causal, (r(1, 1, 5, 3), r(1, 1, 2, 3)), 2 * 9 * 6),  # 1 + 2 + 2 + 2 + 2
         (causal, (r(1, 1, 2, 3), r(1, 1, 5, 3)), 2 * 3 * 6),  # 1 + 2
         (lambda x: torch.relu(x).softmax(-1).sum(0), (r(5, 3),), 0),

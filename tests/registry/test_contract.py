@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tokred
+from tests.passes.test_adapt_width import weights
 from tokred import Keep, Merge, Reduction, Soft
 from tokred.registry.recipe import parse_recipe
 from tokred.testing import TinyViT, check_method, idle
@@ -31,6 +32,7 @@ def routers(layers=12, channels=32):
 IMPORTS = {  # what a method cannot do without
     "mixture_of_depths": {"routers": routers()},
     "skip_block": {"weights": [0.5, 0.1, 0.9], "ratio": 0.4, "blocks": "both"},
+    "adaptive_width": {"learners": weights(layers=3, channels=32, dtype=torch.float32)},
 }
 
 

@@ -42,6 +42,8 @@ BUILT_IN = {
     "teal": "sparsify",
     "core_neurons": "sparsify",
     "skip_block": "sparsify",
+    "lora_prune": "sparsify",
+    "adaptive_width": "sparsify",
     "random_neurons": "baseline",
 }
 

@@ -161,7 +161,10 @@ def _dotted(placeholder: fx.Node) -> str:
     text = source.name() if callable(source.name) else source.name
     text = re.sub(r"^[LG]\['\w+'\]", "", text)
     text = re.sub(r"\._(modules|parameters|buffers)(?=\[)", "", text)
-    return re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", text).replace("_orig_mod.", "").strip(".")
+    text = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", text).replace("_orig_mod.", "")
+    return text.replace("__dict__._modules.", "").strip(
+        "."
+    )  # of modules that find attributes in their own way, as PEFT's
 
 
 def is_parameter(node: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokred.compiler.graphs import CONVOLUTIONS, projects
 from tokred.compiler.relations import Op
 from tokred.compiler.residual import residual_of
 
-__all__ = ["Linear", "Lora", "attention_linears", "find_loras", "linear_of", "unwrapped"]
+__all__ = ["Linear", "Lora", "attention_linears", "find_loras", "linear_of", "unwrapped", "wrapping"]
 
 aten = torch.ops.aten
 
@@ -56,14 +57,22 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """base(x) + s B(g * A(x)): `join` is the addition, `gate` the node of g where there is one (SoRA)."""
+    """base(x) + s B(g * A(x)).
+
+    join   the addition; its argument number `place` holds what base(x) became, by other branches too, the other the
+           branch
+    down   A, and `up` B; these may be written as `x @ weight`
+    scale  s, a number
+    gates  parameters whose product is g: one number each, or one for each rank (SoRA)
+    """
 
     join: fx.Node
+    place: int
     base: Linear
     down: Linear
     up: Linear
-    scale: Any = 1.0
-    gate: fx.Node | None = None
+    scale: float = 1.0
+    gates: tuple[fx.Node, ...] = ()
 
 
 def linear_of(node: fx.Node) -> Linear | None:
@@ -95,44 +104,84 @@ def parameter_name(node: fx.Node) -> str:
 
 
 def find_loras(gm: fx.GraphModule) -> dict[fx.Node, Lora]:
-    """Low-rank branches beside linears that read the same input, by the addition that joins them."""
-    found = {}
+    """Low-rank branches beside linears that read the same input, by the addition that joins them.
+
+    Several beside one linear are added one after the other: each has that linear as its base.
+    """
+    found: dict[fx.Node, Lora] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        for base, branch in (node.args[:2], node.args[1::-1]):
-            lora = _lora(node, base, branch)
+        for place in (0, 1):
+            lora = _lora(node, place, found)
             if lora is not None:
                 found[node] = lora
                 break
     return found
 
 
-def _lora(join: fx.Node, base: Any, branch: Any) -> Lora | None:
+def _lora(join: fx.Node, place: int, found: dict[fx.Node, Lora]) -> Lora | None:
+    base, branch = join.args[place], join.args[1 - place]
     if tensor_meta(base) is None or tensor_meta(branch) is None or join.kwargs.get("alpha", 1) != 1:
         return None
-    main = linear_of(unwrapped(base))
-    branch, scale = _unscaled(unwrapped(branch))
-    up = linear_of(branch)
+    start = unwrapped(base)
+    main = found[start].base if start in found else linear_of(start)
+    outer, scale, gates = _unscaled(unwrapped(branch), None)
+    up = _product(outer)
     if main is None or up is None:
         return None
-    inner, gate = unwrapped(up.input), None
-    if inner.target is aten.mul.Tensor:  # SoRA: a parameter a rank
-        left, right = inner.args
-        inner, gate = (left, right) if is_parameter(right) else (right, left)
-        if not (is_parameter(gate) and isinstance(inner, fx.Node)):
-            return None
-        inner = unwrapped(inner)
-    down = linear_of(inner)
+    inner, inner_scale, inner_gates = _unscaled(unwrapped(up.input), up)
+    down = _product(inner)
     if down is None or unwrapped(down.input) is not unwrapped(main.input) or not _is_low(down, main):
         return None
-    return Lora(join, main, down, up, scale, gate)
+    return Lora(join, place, main, down, up, scale * inner_scale, (*gates, *inner_gates))
 
 
-def _unscaled(node: fx.Node) -> tuple[fx.Node, Any]:
-    """A product without its constant factor, and that factor."""
-    if node.target in SCALINGS and not isinstance(node.args[1], fx.Node) and isinstance(node.args[0], fx.Node):
-        factor: Any = node.args[1]
-        return unwrapped(node.args[0]), 1 / factor if node.target is aten.div.Tensor else factor
-    return node, 1.0
+def _product(node: fx.Node) -> Linear | None:
+    """A linear layer, or one that is written as `x @ weight`."""
+    if node.target is not aten.matmul.default:
+        return linear_of(node)
+    x, weight = node.args
+    rows = False
+    while isinstance(weight, fx.Node) and weight.target in FLIPS and len(Op(weight).shape("self")) == 2:
+        weight, rows = Op(weight).operand("self"), not rows
+    meta = tensor_meta(weight)
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or meta is None:
+        return None
+    if not is_parameter(weight) or meta.dim() != 2:
+        return None
+    return Linear(node, x, weight, None, rows, parameter_name(weight))
+
+
+def _unscaled(node: fx.Node, reader: Linear | None) -> tuple[fx.Node, float, list[fx.Node]]:
+    """A product without its constant factors; their product; and those that are parameters.
+
+    Parameters are of one number each, or, where a `reader` is given, of one for each number that it contracts.
+    """
+    scale, gates = 1.0, []
+    while node.target in SCALINGS:
+        left, right = node.args[:2]
+        if isinstance(left, fx.Node) and isinstance(right, (int, float)) and right != 0:
+            scale = scale / right if node.target is aten.div.Tensor else scale * right
+            node = unwrapped(left)
+            continue
+        if node.target is not aten.mul.Tensor or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+            break
+        values, gate = (left, right) if is_parameter(right) else (right, left)
+        if not is_parameter(gate) or not _gates(gate, values, node, reader):
+            break
+        gates.append(gate)
+        node = unwrapped(values)
+    return node, scale, gates
+
+
+def _gates(gate: fx.Node, values: fx.Node, product: fx.Node, reader: Linear | None) -> bool:
+    sizes, before, after = (tensor_meta(node) for node in (gate, values, product))
+    if sizes is None or before is None or after is None or len(before.shape) != len(after.shape):
+        return False
+    if sizes.numel() == 1:
+        return True
+    read = tensor_meta(reader.input) if reader is not None else None
+    width = sizes.shape[-1]
+    return read is not None and sizes.numel() == width == before.shape[-1] == read.shape[-1]
 
 
 def _is_low(down: Linear, main: Linear) -> bool:
@@ -142,9 +191,20 @@ def _is_low(down: Linear, main: Linear) -> bool:
 
 def unwrapped(node: Any) -> Any:
     """The value behind views, copies, casts and dropout."""
-    while isinstance(node, fx.Node) and node.target in PASSED and node.all_input_nodes:
+    return list(wrapping(node))[-1] if isinstance(node, fx.Node) else node
+
+
+def wrapping(node: fx.Node) -> Iterator[fx.Node]:
+    """A value, then one by one what these are views, copies, casts or dropouts of."""
+    yield node
+    while node.target in PASSED and node.all_input_nodes and _is_floating(node):
         node = node.all_input_nodes[0]
-    return node
+        yield node
+
+
+def _is_floating(node: fx.Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and meta.is_floating_point()
 
 
 def attention_linears(block: Attention, loras: dict[fx.Node, Lora]) -> list[Linear]:
@@ -163,8 +223,8 @@ def _before(values: list[fx.Node], branches: set[fx.Node]) -> list[Linear]:
     while queue:
         node = queue.pop()
         linear = linear_of(node)
-        if linear is not None:
-            found += [linear] if node not in branches else []
+        if linear is not None or node in branches:
+            found += [linear] if linear is not None and node not in branches else []
             continue
         if node.op != "call_function" or residual_of(node) is not None or node.target in CONTRACTIONS:
             continue
@@ -186,8 +246,8 @@ def _behind(anchor: fx.Node, branches: set[fx.Node]) -> list[Linear]:
                 continue
             seen.add(user)
             linear = linear_of(user)
-            if linear is not None:
-                found += [linear] if user not in branches else []
+            if linear is not None or user in branches:
+                found += [linear] if linear is not None and user not in branches else []
             elif residual_of(user) is None:
                 queue.append(user)
     return found

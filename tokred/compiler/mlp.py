@@ -132,7 +132,7 @@ def _branch(lora: Lora) -> tuple[fx.Node, fx.Node]:
 def _name_parts(mlp: Mlp, loras: Mapping[fx.Node, Lora]) -> None:
     """Which linears the block has, and, where two branches are multiplied, which one gates the other."""
     bases = [loras[up].base.node if up in loras else up for up in mlp.ups]
-    beside = [lora for lora in loras.values() if lora.join in mlp.ups or lora.base.node is mlp.down]
+    beside = [lora for lora in loras.values() if lora.base.node in (*bases, mlp.down)]
     mlp.products = (*bases, mlp.down, *(node for lora in beside for node in _branch(lora)))
     mlp.inputs = tuple(linear for node in bases if (linear := linear_of(node)) is not None)
     mlp.outputs = tuple(linear for node in (mlp.down,) if (linear := linear_of(node)) is not None)

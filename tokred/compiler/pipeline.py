@@ -18,10 +18,11 @@ from tokred.compiler.caches import Delivered
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
 from tokred.compiler.extras import Extra, extras_of, fakes_of, keep_sources, with_extras
+from tokred.compiler.lighten import Lighter, lighten
 from tokred.compiler.memory import Memory
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
-from tokred.compiler.relaid import RelaidInput
+from tokred.compiler.relaid import while_it_fits
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
@@ -30,13 +31,10 @@ from tokred.errors import StrictError, TokredError
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
-from tokred.registry.neurons import Chosen, Sparsity
-from tokred.registry.skip import Skip
+from tokred.registry.neurons import Chosen
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
-    from tokred.passes.skip_blocks import Skipped
-    from tokred.passes.sparsify import Sparsified
 
 __all__ = ["Compiled", "compile_graph", "transform"]
 
@@ -79,7 +77,7 @@ def compile_graph(
         keep_sources(graph, gm)
     into = partial(lower, how=options.lower, mode=options.mode, patches=options.inductor)
     if done.packing is None:
-        compiled = into(graph, [*example_inputs, *fakes_of(graph)])
+        compiled = while_it_fits(into(graph, [*example_inputs, *fakes_of(graph)]), graph)
     else:
         compiled = lower_padded(graph, example_inputs, done.packing, into)
     if options.verify:
@@ -167,33 +165,30 @@ def _transform(
         seconds = time.perf_counter() - started
         report.passes.append(PassReport("rewrite_attention", False, len(rewritten.applied), seconds))
         observe("rewrite_attention", rewritten.graph)
-    skipped = _skip(rewritten.graph, graph, original, blocks, options, report, observe)
-    sparse, dense = _sparsify(skipped, graph, original, blocks, axes, example_inputs, options, report, gate)
-    if options.recipe.of(Sparsity):
-        observe("sparsify", sparse.graph)
-    exact, graph = graph, _plugins("reduce", options, sparse.graph, report, observe)
+    light = lighten(rewritten.graph, graph, original, blocks, axes, example_inputs, options, report, gate, observe)
+    exact, graph = graph, _plugins("reduce", options, light.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
     if options.exact:
         unskipped, graph = graph, _timed("relu_exact", True, partial(relu_exact, inputs=example_inputs), graph, report)
         if graph is not unskipped:
             observe("relu_exact", graph)
 
-    summarize(report, captured, original, blocks, axes, reduced, rewritten, skipped, sparse, graph)
+    summarize(report, captured, original, blocks, axes, reduced, rewritten, light.outcomes, graph)
     if options.texts:
         report.before = captured.print_readable(print_output=False)
         report.after = graph.print_readable(print_output=False)
-    _enforce(options, report, reduced, rewritten, skipped, sparse)
+    _enforce(options, report, reduced, rewritten, light)
     packing = None
     if not extras_of(graph):  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
     applied = list(reduced.applied.values())
-    changed, computed = graph is not captured, [*rewritten.applied, *skipped.applied]
+    changed, computed = graph is not captured, [*rewritten.applied, *light.skipped]
     caches = Delivered(reduced.caches) if reduced.caches else None
-    extras: list[Extra] = [extra for extra in (memory, caches, sparse.votes) if extra is not None]
+    extras: list[Extra] = [extra for extra in (memory, caches, light.votes) if extra is not None]
     own = len(captured.graph.output_node().args[0])  # type: ignore[arg-type]
-    return Compiled(graph, report, changed, applied, computed, own, extras, packing, dense)
+    return Compiled(graph, report, changed, applied, computed, own, extras, packing, light.dense)
 
 
 def _fuse_frames(
@@ -305,83 +300,17 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
     return result
 
 
-def _skip(
-    gm: fx.GraphModule,
-    exact: fx.GraphModule,
-    original: Blocks,
-    blocks: Blocks,
-    options: Options,
-    report: GraphReport,
-    observe: Observer,
-) -> Skipped:
-    """What the recipe leaves out, after tokens were reduced. `blocks` are `exact`'s."""
-    from tokred.passes.skip_blocks import Skipped, skip_blocks
-
-    methods = options.recipe.of(Skip)
-    if not methods:
-        return Skipped(gm, left=original)
-    started = time.perf_counter()
-    if gm is not exact:
-        blocks = renumber(find_blocks(gm, Axes(gm.graph)), original)
-    done = skip_blocks(gm, blocks, original, methods)
-    report.passes.append(PassReport("skip_blocks", False, len(done.applied), time.perf_counter() - started))
-    observe("skip_blocks", done.graph)
-    return done
-
-
-def _sparsify(
-    skipped: Skipped,
-    exact: fx.GraphModule,
-    original: Blocks,
-    blocks: Blocks,
-    axes: Axes,
-    example_inputs: list[Any],
-    options: Options,
-    report: GraphReport,
-    gate: Gate,
-) -> tuple[Sparsified, fx.GraphModule | None]:
-    """What methods leave out of the MLPs and linears that are left. `blocks` are `exact`'s.
-
-    With it comes the same graph without what a prompt chose, where it cannot be called without a prompt.
-    """
-    from tokred.passes.sparsify import Sparsified, sparsify
-
-    gm, methods = skipped.graph, options.recipe.of(Sparsity)
-    if not methods:
-        return Sparsified(gm), None
-    started = time.perf_counter()
-    if gm is not exact:
-        axes = Axes(gm.graph)
-        blocks = renumber(find_blocks(gm, axes), skipped.left)
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # a memory's are behind them
-    parameters = {node.name: value for node, value in inputs}
-    run = partial(
-        sparsify, gm, original, blocks, axes, calibration=options.calibration, parameters=parameters, gate=gate
-    )
-    done = run(methods, companion=options.companion)
-    report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
-    copies = [n for n in done.graph.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("extra"), RelaidInput)]
-    if copies:
-        size = sum(copy.meta["val"].nbytes for copy in copies)
-        report.notes.append(f"{len(copies)} weights are kept a second time, neuron by neuron: {size / 2**20:.1f} MiB")
-    if not done.gathered:
-        return done, None
-    report.notes.append(f"what a prompt chose is gathered behind it: {done.gathered / 2**20:.1f} MiB")
-    return done, run(tuple(method for method in methods if not isinstance(method, Chosen))).graph
-
-
-def _enforce(
-    options: Options, report: GraphReport, reduced: Any, rewritten: Any, skipped: Skipped, sparse: Sparsified
-) -> None:
+def _enforce(options: Options, report: GraphReport, reduced: Any, rewritten: Any, light: Lighter) -> None:
     refused = [(row.layer, row.method, row.refusal) for row in report.blocks if row.method and row.refusal]
     for block, (method, refusal) in rewritten.refused.items():
         if block in reduced.applied:  # its row says what was applied
             refused.append((block.layer, str(method), refusal))
-    for found in (skipped.refused, sparse.refused):
-        refused += [(block.layer, str(method), refusal) for block, (method, refusal) in found.items()]
+    for entry in light.outcomes:
+        refused += [(block.layer, str(method), refusal) for block, (method, refusal) in entry.refused.items()]
+        refused += [(-1, entry.name, refusal) for refusal in getattr(entry, "refusals", ())]
     # recipes for tokens mean the prefill, those for neurons may mean the decoding: which comes in another graph
     refused = [entry for entry in refused if entry[2].code not in ("decode", "prefill")]
-    acted = [*rewritten.applied.values(), *skipped.applied.values()]
+    acted = [*rewritten.applied.values(), *light.skipped.values()]
     computed = {str(method) for method, _ in acted}  # an encoder beside them was not meant
     refused = [entry for entry in refused if entry[1] not in computed or entry[2].code not in NEVER_MEANT]
     for layer, method, refusal in refused:

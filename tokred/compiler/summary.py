@@ -6,6 +6,7 @@ import ast
 import linecache
 import re
 from collections import Counter
+from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any
 
@@ -54,11 +55,10 @@ def summarize(
     axes: Axes,
     reduced: Any,
     rewritten: Any,
-    skipped: Any,
-    sparse: Any,
+    lighter: Iterable[Any],
     final: fx.GraphModule,
 ) -> None:
-    """Fill in blocks, costs and restores."""
+    """Fill in blocks, costs and restores. `lighter`: what passes made of the weights, one after the other."""
     costs = Costs(captured, final)
     report.flops = costs.totals()
     place = {node: number for number, node in enumerate(captured.graph.nodes)}
@@ -68,8 +68,8 @@ def summarize(
     rows = [(place[block.anchor], row) for block, row in attentions]
     rows += [(place[mlp.down], _mlp_row(mlp, costs)) for mlp in found.mlps]
     shown = [row for _, row in sorted(rows, key=itemgetter(0))]
-    _show_sparse(shown, skipped)
-    _show_sparse(shown, sparse)
+    for entry in lighter:
+        _show_sparse(shown, entry)
     report.blocks += shown
     report.restores = [f"{node.name}: {why} ({where})" for node, (why, where) in reduced.restored.items()]
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tokred.backends.kernels.experts import routed_experts
+from tokred.backends.kernels.learners import nested_learners
 from tokred.backends.kernels.neurons import gated_tail, sparse_linear
 from tokred.backends.kernels.token_sparse import expected_rows
 from tokred.compiler.capture import is_parameter, tensor_meta
@@ -255,6 +256,13 @@ def _gated_tail(op: Op, sizes: Sizes) -> Any:
 def _expected(op: Op, whole: Any) -> Any:
     active = op.node.meta.get("active", 1.0)
     return int(whole * active) if isinstance(whole, int) else whole * active
+
+
+@_counts(nested_learners)
+def _nested_learners(op: Op, sizes: Sizes) -> Any:
+    """[* c] x [n f c] and [* f] x [n f c]: all, because only the data tell how many run."""
+    rows, *_ = sizes(op.operand("x"))
+    return 4 * rows * _times(sizes(op.operand("up")))
 
 
 @_counts(torch.ops.tokred.token_sparse_attention.default)

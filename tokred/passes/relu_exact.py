@@ -18,7 +18,7 @@ from torch import fx
 from tokred.backends.kernels.neurons import TOKENS, TYPES, sparse_linear
 from tokred.compiler.capture import autocasts, is_parameter, module_path, source_line, tensor_meta
 from tokred.compiler.machine import Machine
-from tokred.compiler.relaid import relaid_input, untracked
+from tokred.compiler.relaid import erase_unused_copies, relaid_input, untracked, values_of
 from tokred.compiler.relations import Op
 from tokred.passes.constants import CASTS
 from tokred.passes.graph_edit import copy_graph, erase_unused, inherit
@@ -39,12 +39,11 @@ def relu_exact(gm: fx.GraphModule, log: list[str], inputs: list[Any]) -> fx.Grap
 
     Not where a gradient is wanted, and not where what half of the neurons' weights take to read is less than a call.
     """
-    places = gm.graph.find_nodes(op="placeholder")
-    parameters = dict(zip(places, inputs, strict=False))  # copies of weights are behind them
+    parameters = values_of(gm, inputs)
     if not any(_pays(node, parameters) for node in gm.graph.nodes):
         return gm
     gm = copy_graph(gm)
-    parameters = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
+    parameters = values_of(gm, inputs)
     zero: fx.Node | None = None
     before = {node for node in gm.graph.nodes if not node.users}
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -67,6 +66,7 @@ def relu_exact(gm: fx.GraphModule, log: list[str], inputs: list[Any]) -> fx.Grap
         where = module_path(node) or source_line(node)
         log.append(f"{where}: zeros of the ReLU are skipped; its weight is held a second time, {size / 2**20:.1f} MB")
     erase_unused(gm.graph, before)
+    erase_unused_copies(gm.graph)
     gm.recompile()
     return gm
 

@@ -16,6 +16,7 @@ from tokred.compiler.capture import tensor_meta
 from tokred.compiler.cost import Gate, Skipped
 from tokred.compiler.linears import linear_of
 from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neurons, prompts
+from tokred.compiler.relaid import erase_unused_copies
 from tokred.compiler.report import Refusal
 from tokred.compiler.requests import Votes
 from tokred.passes.choose_neurons import Choosing
@@ -241,6 +242,7 @@ def _rewrite(
     done.votes, done.gathered = choosing.finish(copy.graph) if choosers else None, choosing.size
     if changed or choosing.keys:
         copy.graph.eliminate_dead_code()
+        erase_unused_copies(copy.graph)
         copy.recompile()
         done.graph = copy
 

@@ -15,8 +15,12 @@ from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Method, Reduction
 from tokred.registry.neurons import Sparsity
 from tokred.registry.recipe import parse_recipe
+from tokred.registry.sparsify.adaptive_width import AdaptiveWidth
+from tokred.registry.sparsify.lora_prune import LoraPrune
 from tokred.testing.attention import check_attention, long_enough
 from tokred.testing.frames import check_frames
+from tokred.testing.learners import check_learners
+from tokred.testing.lora import check_lora
 from tokred.testing.maps import check_plans
 from tokred.testing.models import (
     Run,
@@ -72,6 +76,17 @@ def check_method(
       does not depend on its batch, except where samples choose together (`Chosen`)
     - it acts in a small decoder with gated MLPs; float32, bfloat16, float64; finite gradients
 
+    A `LoraPrune` instead:
+
+    - the compiled model computes what the model does, also with other weights; where gradients are wanted it is refused
+    - float64, float32, bfloat16; a dynamic number of samples
+
+    An `AdaptiveWidth` instead, with learners for 32 channels in some of the layers 0 to 2:
+
+    - with `layers=[]` the compiled model is bitwise the model; else it acts, and what a sample gets does not depend on
+      the others; gradients are finite, and of the same results
+    - float64, float32, bfloat16; a dynamic number of samples
+
     method         a method object, its class (then with default options), or a recipe string of one method
     model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
                    encoder and a small decoder with image tokens, for methods that need something these lack
@@ -79,6 +94,12 @@ def check_method(
     Clears Dynamo's compiled code (`torch.compiler.reset`).
     """
     subject = _one(method)
+    if isinstance(subject, LoraPrune):
+        check_lora(subject)
+        return
+    if isinstance(subject, AdaptiveWidth):
+        check_learners(subject)
+        return
     nothing = idle(subject)
     if isinstance(subject, Sparsity):
         assert isinstance(nothing, Sparsity)
