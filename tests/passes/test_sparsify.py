@@ -72,6 +72,41 @@ def test_teal_masks_what_every_linear_reads(name):
     check(model, "teal(sparsity=0.4, phase='masked')", calibration, modules, limits, batches[0], reads=True)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_greedy_shares_of_every_layer_leave_out_what_was_asked_for(name):
+    model, batches = made(name), [example(name, seed) for seed in range(2)]
+    greedy = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
+    calibration = calibrate(model, batches, recipe=greedy, progress=False)
+    modules = linears(model)
+    limits, left = {}, {}
+    for site in calibration.sites:
+        share = site.shares[40]
+        for parameter in site.parameters:
+            limits[parameter] = site.sketch.threshold(share) if share else -1.0
+            left[parameter] = share
+    sizes = {parameter: modules[parameter].weight.numel() for parameter in limits}
+    for layer in ("0", "1"):
+        own = [parameter for parameter in limits if layer in parameter.split(".")]
+        part = sum(left[parameter] * sizes[parameter] for parameter in own) / sum(map(sizes.get, own))
+        assert part == pytest.approx(0.4)
+    assert len(set(left.values())) > 4
+    check(model, greedy, calibration, modules, limits, batches[0], reads=True)
+
+
+def test_teal_without_its_allocation_is_refused():
+    model, batches = made("llama"), [example("llama")]
+    calibration = calibrate(model, batches, recipe="teal", progress=False)
+    run(compiled(model, "teal(allocation='greedy', phase='masked')", calibration=calibration), batches[0])
+    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+    assert {refusal.code for refusal in refusals} == {"no-allocation"}
+    assert "tokred.calibrate(model, batches, recipe=\"teal(allocation='greedy')\")" in refusals[0].reason
+    too_much = "teal(sparsity=0.999, allocation='greedy', phase='masked')"
+    calibration = calibrate(model, batches, recipe=too_much, progress=False)
+    run(compiled(model, too_much, calibration=calibration), batches[0])
+    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+    assert {refusal.code for refusal in refusals} == {"no-allocation"} and "ends where 9" in refusals[0].reason
+
+
 @pytest.mark.parametrize("name", GATED)
 def test_cats_masks_the_activated_gate(name):
     model, batches = made(name), [example(name, seed) for seed in range(2)]

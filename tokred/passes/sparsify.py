@@ -66,6 +66,10 @@ def sparsify(
                 done.refused.setdefault(block, (method, refusal))
                 continue
             told = [_told(site, method, calibration, parameters, gm) for site in mine]
+            lacking = next((reason for site in told if (reason := method.lacks(site.place))), "")
+            if lacking:
+                done.refused.setdefault(block, (method, Refusal("no-allocation", lacking, _where(block))))
+                continue
             told = [site for site in told if not method.idle(site.place)]
             if told:
                 said = [_words(site, method, parameters, len(told)) for site in told]
@@ -135,8 +139,8 @@ def _told(
     for linear in site.linears:
         weight: Any = linear.weight
         value = parameters[weight.name] if weight.op == "placeholder" else getattr(gm, weight.target)
-        sketch = calibration.sketch(site.measured, linear.name, value)
-    return site.at(sketch=sketch)
+        found = calibration.measured(site.measured, linear.name, value)
+    return site.at(sketch=found.sketch, shares=found.shares)
 
 
 def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int) -> str:

@@ -26,6 +26,8 @@ class Neurons:
     role           "gate": the activated gate of an MLP; "qkv", "out", "up", "down": what these linears read
     size           how many neurons or channels there are, an int or a symbolic size
     sketch         the magnitudes that a calibration found here; None without one
+    shares         how much it allocates to this place while the layer leaves out more and more, see
+                   tokred.registry.allocation; None if that was not asked of it
     """
 
     layer: int
@@ -34,6 +36,7 @@ class Neurons:
     role: str
     size: Any
     sketch: Sketch | None = None
+    shares: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,14 @@ class Sparsity(Method):
 
     acts_at     which roles (see Neurons) it has something to do at
     calibrated  whether it needs what a calibration found (tokred.calibrate)
+    allocated   whether it needs each place's `shares` as well
     """
 
     phase: str = "decode"
 
     acts_at: ClassVar[tuple[str, ...]] = ()
     calibrated: ClassVar[bool] = False
+    allocated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -64,6 +69,10 @@ class Sparsity(Method):
     def masked(self, values: Tensor, place: Neurons) -> Tensor:
         """The definition: `values` [.. F] with zeros for what is left out. Plain tensor code, traced into the graph."""
         raise NotImplementedError
+
+    def lacks(self, place: Neurons) -> str:
+        """What a calibration did not find at this place, as a sentence that says what to do; "" if all is there."""
+        return ""
 
     def words(self, place: Neurons) -> str:
         """What it does at this place, for the report."""

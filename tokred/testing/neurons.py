@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from tokred.backend import backend, reports, reset
 from tokred.calibrate import calibrate
 from tokred.compiler.report import Report
+from tokred.registry.allocation import STEP
 from tokred.registry.neurons import Neurons, Sparsity
 from tokred.registry.sketch import Sketch
 from tokred.testing.models import BLOCKS, WIDTH, CausalBlock, TinyDecoder
@@ -58,7 +59,8 @@ def _check_mask(method: Sparsity, nothing: Sparsity, role: str, dtype: torch.dty
     values = torch.randn(3, 5, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     sketch = Sketch()
     sketch.add(values)
-    place = Neurons(1, 3, "module", role, SIZE, sketch)
+    shares = tuple(STEP * k for k in range(96))  # as if each place of a layer had the same
+    place = Neurons(1, 3, "module", role, SIZE, sketch, shares)
     assert nothing.idle(place), f"{nothing} should leave {role!r} alone, but idle() says that it does not"
     assert not method.idle(place), f"{where}: idle() says that it leaves nothing out"
     inputs = values.clone().requires_grad_()
