@@ -42,7 +42,8 @@ class Layer:
                 source, mask = masked[node]
                 read = ChainMap({source: mask(values[source])}, values)
             function: Any = node.target
-            args, kwargs = (fx.map_arg(given, read.__getitem__) for given in (node.args, node.kwargs))
+            args: Any = fx.map_arg(node.args, read.__getitem__)
+            kwargs: Any = fx.map_arg(node.kwargs, read.__getitem__)
             values[node] = function(*args, **kwargs)
         return values[self.output]
 
