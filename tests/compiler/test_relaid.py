@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from tokred.backends.kernels.neurons import sparse_linear
 from tokred.compiler.capture import capture
-from tokred.compiler.relaid import Relaid, lower_relaid, neuron_major, relaid_input, relaid_inputs, supplied, untracked
+from tokred.compiler.relaid import (
+    Relaid,
+    Source,
+    lower_relaid,
+    neuron_major,
+    relaid_input,
+    relaid_inputs,
+    supplied,
+    untracked,
+)
 from tokred.passes.graph_edit import copy_graph
 
 aten = torch.ops.aten
@@ -130,7 +139,7 @@ def test_what_cannot_be_followed_is_refused() -> None:
 def test_a_wrapped_call_looks_at_each_parameter_it_gets() -> None:
     first, second = torch.randn(3, 4), torch.randn(3, 4)
     x = torch.randn(1, 4)
-    call = supplied(lambda x, w, copy: sparse_linear(x, copy, None, torch.tensor(0.0)), [1])
+    call = supplied(lambda x, w, copy: sparse_linear(x, copy, None, torch.tensor(0.0)), [Source((1,))])
     for weight in (first, second, first):
         torch.testing.assert_close(call(x, weight), x @ weight.T)
 

@@ -5,8 +5,9 @@ import torch
 import transformers as hf
 
 import tokred
-from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking
+from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking, masking_blocks
 from tokred.calibrate import calibrate
+from tokred.registry.recipe import parse_recipe
 
 MEASURED = 1e-9  # relative to the outputs, in float64
 
@@ -124,6 +125,18 @@ def test_cats_refuses_mlps_without_a_gate(name):
     assert refused == ["not-gated"] * 2
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_moefy_masks_blocks_of_neurons(name):
+    model, inputs = made(name), example(name)
+    recipe = "moefy(sparsity=0.6, neurons=7, phase='masked')"
+    with masking_blocks(model, parse_recipe(recipe).methods[0]):
+        wanted = run(model, inputs)
+    dense = run(model, inputs)
+    got = run(compiled(model, recipe, strict=True), inputs)
+    assert (wanted - dense).abs().max() > 1e-3 * dense.abs().max()
+    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(dense.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_random_neurons_leave_out_the_same_neurons_of_every_token(name):
     model, inputs = made(name), example(name)
@@ -149,7 +162,7 @@ def place(layer):
     return tokred.Neurons(layer, 2, "", "down", 0)
 
 
-@pytest.mark.parametrize("recipe", ["teal(sparsity=0, phase='masked')", "cats(sparsity=0.0, phase='masked')"])
+@pytest.mark.parametrize("recipe", [f"{name}(sparsity=0, phase='masked')" for name in ("teal", "cats", "moefy")])
 def test_nothing_left_out_is_the_unmodified_model(recipe):
     model, inputs = made("llama"), example("llama")
     got = run(compiled(model, recipe, exact=False), inputs)

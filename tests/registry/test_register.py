@@ -40,6 +40,7 @@ BUILT_IN = {
     "token_sparse_attention": "sparsify",
     "cats": "sparsify",
     "teal": "sparsify",
+    "moefy": "sparsify",
     "random_neurons": "baseline",
 }
 

@@ -20,7 +20,7 @@ from tokred.compiler.cost import Gate
 from tokred.compiler.memory import Memory, carrying
 from tokred.compiler.options import Options
 from tokred.compiler.padded import lower_padded
-from tokred.compiler.relaid import lower_relaid, relaid_inputs
+from tokred.compiler.relaid import lower_relaid, neuron_major, relaid_inputs
 from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
@@ -297,7 +297,11 @@ def _sparsify(
     parameters = {node.name: value for node, value in inputs}
     done = sparsify(gm, original, blocks, methods, options.calibration, parameters, gate=gate)
     report.passes.append(PassReport("sparsify", False, len(done.applied), time.perf_counter() - started))
-    copies = [n.meta["val"] for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
+    made = [n for n in done.graph.graph.find_nodes(op="placeholder") if "relaid" in n.meta]
+    copies = [n.meta["val"] for n in made if n.meta["relaid"].make is neuron_major]
+    blocks_of = sum(n.meta["val"].nbytes for n in made if n.meta["relaid"].make is not neuron_major)
+    if blocks_of:
+        report.notes.append(f"which blocks neurons are of, and the blocks' centres, take {blocks_of / 2**20:.1f} MiB")
     if copies:
         size = sum(copy.numel() * copy.element_size() for copy in copies)
         report.notes.append(f"{len(copies)} weights are kept a second time, neuron by neuron: {size / 2**20:.1f} MiB")

@@ -1,21 +1,33 @@
-"""Copies of parameters in another layout: made once, used by all graphs, made again when the parameter has changed.
+"""What is made of parameters once, used by all graphs, and made again when a parameter has changed: copies in another
+layout, and whatever else depends on nothing but weights.
 
-A graph takes such a copy as one more input (`relaid_input`), and a wrapper around the compiled graph hands it in at
+A graph takes such a tensor as one more input (`relaid_input`), and a wrapper around the compiled graph hands it in at
 each call (`lower_relaid`). So it is never a constant of the compiled code, and a changed parameter costs no recompile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Relaid", "lower_relaid", "neuron_major", "relaid_input", "relaid_inputs", "untracked"]
+__all__ = [
+    "Relaid",
+    "Source",
+    "lower_relaid",
+    "made_inputs",
+    "neuron_major",
+    "relaid_input",
+    "relaid_inputs",
+    "untracked",
+]
 
 Compiled = Callable[..., Any]
+Make = Callable[..., Any]  # a tensor or a tuple of tensors of parameters; equal ones make the same
 
 
 def neuron_major(weight: Tensor) -> Tensor:
@@ -27,12 +39,12 @@ def neuron_major(weight: Tensor) -> Tensor:
     return flat.mT
 
 
-def untracked(parameter: Any) -> str:
-    """Why no copy of `parameter` may stand for it, as half a sentence; "" if one may.
+def untracked(parameter: Any, *, copied: bool = True) -> str:
+    """Why nothing may be made of `parameter`, as half a sentence; "" if it may.
 
-    A copy has no gradient to give to its parameter, and changes of an inference tensor leave no trace.
+    A copy that stands for it has no gradient to give to it, and changes of an inference tensor leave no trace.
     """
-    if torch.is_grad_enabled() and parameter.requires_grad:
+    if copied and torch.is_grad_enabled() and parameter.requires_grad:
         return "the weight's gradient is wanted: call the model under torch.no_grad()"
     if parameter.is_inference():
         return "the weight was made under torch.inference_mode, which does not tell when it changes"
@@ -40,66 +52,84 @@ def untracked(parameter: Any) -> str:
 
 
 class Relaid:
-    """The neuron-major copy of one parameter. `Relaid.of(parameter)` finds or makes it.
+    """What a function makes of some parameters: of one the neuron-major copy, which `Relaid.of(parameter)` finds or
+    makes.
 
-    Kept as long as the parameter lives, one for each, whoever asks. `version` and the address tell whether it changed:
-    load_state_dict, an optimiser's step and `parameter.data = ...` do; what is written through `parameter.data` in
-    place changes neither, and is seen after `Relaid.forget()` alone.
+    Kept as long as the parameters live, one for each function, whoever asks. `version` and the address tell whether
+    they changed: load_state_dict, an optimiser's step and `parameter.data = ...` do; what is written through
+    `parameter.data` in place changes neither, and is seen after `Relaid.forget()` alone.
     """
 
-    _all: ClassVar[dict[int, Relaid]] = {}
+    _all: ClassVar[dict[tuple[Any, ...], Relaid]] = {}
 
-    def __init__(self, parameter: Tensor) -> None:
-        key = id(parameter)
-        self.parameter: ReferenceType[Tensor] = ref(parameter, lambda _: Relaid._all.pop(key, None))
-        self.copy = torch.empty(0)
-        self.version, self.address = -1, 0
+    def __init__(self, make: Make, parameters: tuple[Tensor, ...], key: tuple[Any, ...]) -> None:
+        self.make = make
+        self.parameters: list[ReferenceType[Tensor]] = [
+            ref(parameter, lambda _: Relaid._all.pop(key, None)) for parameter in parameters
+        ]
+        self.copies: list[Tensor] = []
+        self.seen: list[tuple[int, int]] = []
 
     @staticmethod
-    def entry(parameter: Tensor) -> Relaid:
-        """The entry for a parameter, up to date. Raises ValueError for one whose changes could not be seen."""
-        found = Relaid._all.get(id(parameter))
+    def entry(*parameters: Tensor, make: Make = neuron_major) -> Relaid:
+        """The entry for parameters, up to date. Raises ValueError for one whose changes could not be seen."""
+        key = (make, *map(id, parameters))
+        found = Relaid._all.get(key)
         if found is None:
-            if reason := untracked(parameter):
-                raise ValueError(f"no copy of this {tuple(parameter.shape)} parameter: {reason}")
-            found = Relaid._all[id(parameter)] = Relaid(parameter)
-        if not found.fits(parameter):
-            found._renew(parameter)
+            for parameter in parameters:
+                if reason := untracked(parameter, copied=make is neuron_major):
+                    raise ValueError(f"no copy of this {tuple(parameter.shape)} parameter: {reason}")
+            found = Relaid._all[key] = Relaid(make, parameters, key)
+        if not found.fits(*parameters):
+            found._renew(parameters)
         return found
 
     @staticmethod
     def of(parameter: Tensor) -> Tensor:
         """[I O] contiguous, without gradient: see `neuron_major`. The same tensor at each call."""
-        return Relaid.entry(parameter).copy
+        return Relaid.entry(parameter).copies[0]
 
     @staticmethod
     def total() -> int:
-        """Bytes that all copies take."""
-        return sum(entry.copy.nbytes for entry in Relaid._all.values())
+        """Bytes that all of it takes."""
+        return sum(copy.nbytes for entry in Relaid._all.values() for copy in entry.copies)
 
     @staticmethod
     def forget() -> None:
-        """Let every copy be made again at its next use."""
+        """Let everything be made again at its next use."""
         for entry in Relaid._all.values():
-            entry.version = -1
+            entry.seen = []
 
-    def fits(self, parameter: Any) -> bool:
-        """Whether the copy is one of this parameter as it is now."""
-        own = self.parameter() is parameter
-        return own and parameter._version == self.version and parameter.data_ptr() == self.address
+    def fits(self, *parameters: Any) -> bool:
+        """Whether it was made of these parameters as they are now."""
+        for known, seen, parameter in zip(self.parameters, self.seen, parameters, strict=False):
+            if known() is not parameter or seen != (parameter._version, parameter.data_ptr()):
+                return False
+        return bool(self.seen)
 
-    def _renew(self, parameter: Tensor) -> None:
-        """Copy again, into the same memory where it still fits: recorded CUDA graphs read there."""
-        view = neuron_major(parameter.detach())
-        self.version, self.address = parameter._version, parameter.data_ptr()
+    def _renew(self, parameters: tuple[Tensor, ...]) -> None:
+        """Make it again, in the same memory where it still fits: recorded CUDA graphs read there."""
         with torch.inference_mode(False), torch.no_grad():
-            if (view.shape, view.dtype, view.device) == (self.copy.shape, self.copy.dtype, self.copy.device):
-                self.copy.copy_(view)
+            made = self.make(*(parameter.detach() for parameter in parameters))
+            made = (made,) if isinstance(made, Tensor) else made
+            if [(m.shape, m.dtype, m.device) for m in made] == [(c.shape, c.dtype, c.device) for c in self.copies]:
+                for copy, new in zip(self.copies, made, strict=True):
+                    copy.copy_(new)
             else:
-                self.copy = view.clone(memory_format=torch.contiguous_format)
+                self.copies = [new.clone(memory_format=torch.contiguous_format) for new in made]
+        self.seen = [(parameter._version, parameter.data_ptr()) for parameter in parameters]
 
 
 # -- in graphs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input comes from: the numbers of the parameters, what is made of them, which tensor of that it is."""
+
+    numbers: tuple[int, ...]
+    make: Make = neuron_major
+    which: int = 0
 
 
 def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
@@ -107,22 +137,31 @@ def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
 
     Raises ValueError for a weight that is no input: one that Dynamo or another pass made an attribute of the graph.
     """
-    inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
-    number = inputs.index(weight)
-    for node in inputs:
-        if node.meta.get("relaid") == number:
-            return node
-    with graph.inserting_after(inputs[-1]):
-        node = graph.placeholder(f"{weight.name}_relaid")
+    if weight.op != "placeholder":
+        raise ValueError(f"{weight.name} is no input of the graph")
     fake = weight.meta["val"]
     with fake.fake_mode, torch.no_grad():
-        node.meta["val"] = neuron_major(fake.detach()).clone(memory_format=torch.contiguous_format)
-    node.meta |= {"relaid": number, "is_parameter": True}
-    return node
+        like = neuron_major(fake.detach()).clone(memory_format=torch.contiguous_format)
+    return made_inputs(graph, (weight,), neuron_major, [like])[0]
 
 
-def relaid_inputs(gm: fx.GraphModule) -> list[int]:
-    """For each input that `relaid_input` added, the number of the parameter; they are the last ones."""
+def made_inputs(graph: fx.Graph, weights: tuple[fx.Node, ...], make: Make, like: list[Tensor]) -> list[fx.Node]:
+    """The graph's inputs for the tensors that `make` makes of parameters, themselves inputs; `like` these fake ones."""
+    found = []
+    for which, fake in enumerate(like):
+        inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
+        source = Source(tuple(inputs.index(weight) for weight in weights), make, which)
+        node = next((node for node in inputs if node.meta.get("relaid") == source), None)
+        if node is None:
+            with graph.inserting_after(inputs[-1]):
+                node = graph.placeholder(f"{weights[0].name}_relaid_{len(inputs)}")
+            node.meta |= {"val": fake, "relaid": source, "is_parameter": True}
+        found.append(node)
+    return found
+
+
+def relaid_inputs(gm: fx.GraphModule) -> list[Source]:
+    """Where each of the inputs that were added comes from; they are the last ones."""
     return [node.meta["relaid"] for node in gm.graph.find_nodes(op="placeholder") if "relaid" in node.meta]
 
 
@@ -130,24 +169,24 @@ def lower_relaid(
     gm: fx.GraphModule, inputs: list[Any], lower: Callable[[fx.GraphModule, list[Any]], Compiled]
 ) -> Compiled:
     """Lower a graph that may take relaid parameters: the result takes `inputs` alone."""
-    numbers = relaid_inputs(gm)
-    if not numbers:
+    sources = relaid_inputs(gm)
+    if not sources:
         return lower(gm, inputs)
-    fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[-len(numbers) :]]
-    return supplied(lower(gm, [*inputs, *fakes]), numbers)  # sizes of a real tensor would become symbols of no source
+    fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[-len(sources) :]]
+    return supplied(lower(gm, [*inputs, *fakes]), sources)  # sizes of a real tensor would become symbols of no source
 
 
-def supplied(compiled: Compiled, numbers: list[int]) -> Compiled:
-    """`compiled` with the copies of the inputs of these numbers behind its own inputs, looked at anew at each call."""
-    known: list[Relaid | None] = [None] * len(numbers)
+def supplied(compiled: Compiled, sources: list[Source]) -> Compiled:
+    """`compiled` with what these sources say behind its own inputs, looked at anew at each call."""
+    known: list[Relaid | None] = [None] * len(sources)
 
     def call(*inputs: Any) -> Any:
         copies = []
-        for place, number in enumerate(numbers):
-            parameter, entry = inputs[number], known[place]
-            if entry is None or not entry.fits(parameter):
-                entry = known[place] = Relaid.entry(parameter)
-            copies.append(entry.copy)
+        for place, source in enumerate(sources):
+            parameters, entry = [inputs[number] for number in source.numbers], known[place]
+            if entry is None or not entry.fits(*parameters):
+                entry = known[place] = Relaid.entry(*parameters, make=source.make)
+            copies.append(entry.copies[source.which])
         return compiled(*inputs, *copies)
 
     return call

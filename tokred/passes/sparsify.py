@@ -17,10 +17,11 @@ from tokred.compiler.linears import linear_of
 from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neurons, prompts
 from tokred.compiler.record import record
 from tokred.compiler.report import Refusal
+from tokred.passes.choose_blocks import block_masked, unsplit
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
 from tokred.passes.skip_weights import Skipping, readable
-from tokred.registry.neurons import Neurons, Sparsity, Threshold
+from tokred.registry.neurons import Blockwise, Neurons, Sparsity, Threshold
 
 __all__ = ["Sparsified", "sparsify"]
 
@@ -61,7 +62,8 @@ def sparsify(
             if block in done.applied or not method.acts_on(place.layer, place.depth, place.module):
                 continue
             mine = [site for site in sites if site.place.role in method.acts_at]
-            refusal = _unfit(block, method, mine, original, calibration)
+            mine = mine[:1] if isinstance(method, Blockwise) else mine
+            refusal = _unfit(block, method, mine, original, calibration, parameters)
             if refusal is not None:
                 done.refused.setdefault(block, (method, refusal))
                 continue
@@ -102,11 +104,16 @@ def _by_block(sites: Iterable[NeuronSite]) -> dict[Block, list[NeuronSite]]:
 
 
 def _unfit(
-    block: Block, method: Sparsity, sites: list[NeuronSite], original: Blocks, calibration: Calibration | None
+    block: Block,
+    method: Sparsity,
+    sites: list[NeuronSite],
+    original: Blocks,
+    calibration: Calibration | None,
+    parameters: Mapping[str, Tensor],
 ) -> Refusal | None:
     """Why a method has nothing to do here; None if it has."""
     where = _where(block)
-    if not sites and isinstance(block, Mlp) and "gate" in method.acts_at:
+    if not sites and isinstance(block, Mlp) and method.acts_at == ("gate",):
         return Refusal("not-gated", f"{method.name} thresholds the gate of an MLP, and this one has none", where)
     if not sites:
         return None
@@ -116,6 +123,8 @@ def _unfit(
         return Refusal("no-decode", f"{method.name} acts while decoding, which this is no model for", where)
     if any(linear.weight is None for site in sites for linear in site.linears) or not all(s.linears for s in sites):
         return Refusal("weight", "the weight of one of its linears is computed, and no parameter", where)
+    if isinstance(method, Blockwise) and (reason := unsplit(sites[0], parameters)):
+        return Refusal("weight", reason, where)
     if method.calibrated and calibration is None:
         how = f"calibration=tokred.calibrate(model, batches, recipe={method.name!r})"
         return Refusal("no-calibration", f"{method.name} takes its thresholds from a calibration: {how}", where)
@@ -153,7 +162,7 @@ def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor],
 def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
     """What a method leaves unread at a site, if what a calibration found holds."""
     values = tensor_meta(site.values)
-    assert values is not None and isinstance(method, Threshold)
+    assert values is not None
     linears = list(site.linears)
     if site.place.role == "gate" and isinstance(site.block, Mlp) and site.block.gating is not None:
         up = linear_of(site.block.gating.up.linear)
@@ -165,14 +174,19 @@ def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
     return Skipped(values, sum(sizes), len(linears), _active(site, method))
 
 
-def _active(site: NeuronSite, method: Threshold) -> float:
-    sketch = site.place.sketch
-    return 1.0 if sketch is None else 1 - sketch.share(method.threshold_at(site.place))
+def _active(site: NeuronSite, method: Sparsity) -> float:
+    """The share of values that is expected to be left of one token; 1 if nobody knows."""
+    place = site.place
+    if isinstance(method, Blockwise):
+        return method.left(place.size) / method.blocks(place.size)
+    if place.sketch is None or not isinstance(method, Threshold):
+        return 1.0
+    return 1 - place.sketch.share(method.threshold_at(place))
 
 
 def _skips(method: Sparsity) -> bool:
     """Whether weights are skipped where they can be; else all is computed and masked."""
-    return isinstance(method, Threshold) and method.phase == "decode"
+    return isinstance(method, (Threshold, Blockwise)) and method.phase == "decode"
 
 
 def _rewrite(
@@ -185,7 +199,7 @@ def _rewrite(
     changed: list[fx.Node] = []
     for site, method in chosen:
         try:
-            if isinstance(method, Threshold) and _skips(method) and not readable(site, parameters):
+            if _skips(method) and not readable(site, parameters):
                 changed += _skip(skipping, site, method)
             else:
                 changed.append(_mask(copy.graph, copies, site, method))
@@ -202,17 +216,21 @@ def _rewrite(
         done.graph = copy
 
 
-def _skip(skipping: Skipping, site: NeuronSite, method: Threshold) -> list[fx.Node]:
-    """Let operators that skip weights compute what a threshold defines; returns what is new in the graph."""
-    place = site.place
-    threshold = method.threshold_at(place)
-    active = _active(site, method)
-    if place.role != "gate":
-        return skipping.inputs(site.linears, threshold, active)
-    new = skipping.gated(site, threshold, active)
-    if new:
-        return new
+def _skip(skipping: Skipping, site: NeuronSite, method: Sparsity) -> list[fx.Node]:
+    """Let operators that skip weights compute what a method defines; returns what is new in the graph."""
+    place, active = site.place, _active(site, method)
+    if isinstance(method, Threshold):
+        threshold = method.threshold_at(place)
+        if place.role != "gate":
+            return skipping.inputs(site.linears, threshold, active)
+        new = skipping.gated(site, threshold, active)
+        if new:
+            return new
     masked = _mask(skipping.graph, skipping.copies, site, method)
+    if isinstance(method, Blockwise) and place.role == "gate":
+        new = skipping.gated(site, 0.0, active, masked)
+        if new:
+            return [masked, *new]
     return [masked, *skipping.inputs(site.block.outputs, 0.0, active)]  # type: ignore[union-attr]
 
 
@@ -223,7 +241,10 @@ def _mask(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, 
     meta = tensor_meta(values)
     assert meta is not None
     with graph.inserting_before(min(readers)):
-        masked = record(graph, partial(_masked, method=method, place=site.place, channel=site.channel), (values,))
+        if isinstance(method, Blockwise):
+            masked = block_masked(graph, copies, site, method)
+        else:
+            masked = record(graph, partial(_masked, method=method, place=site.place, channel=site.channel), (values,))
     now = tensor_meta(masked)
     if now is None or not same_shape(now.shape, meta.shape) or now.dtype != meta.dtype:
         shown = "no tensor" if now is None else f"{list(now.shape)} {now.dtype}"

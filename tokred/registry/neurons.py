@@ -12,7 +12,7 @@ from tokred.errors import ArgumentError
 from tokred.registry.method import Method
 from tokred.registry.sketch import Sketch
 
-__all__ = ["Neurons", "Sparsity", "Threshold"]
+__all__ = ["Blockwise", "Neurons", "Sparsity", "Threshold"]
 
 PHASES = ("decode", "masked")
 
@@ -131,6 +131,43 @@ class Threshold(Sparsity):
         if place.sketch is None:
             return f"|x| <= {threshold:.3g} left out"
         return f"|x| <= {threshold:.3g} left out, {place.sketch.share(threshold):.0%} when calibrated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blockwise(Sparsity):
+    """Leaves out whole blocks of an MLP's neurons, which each token chooses by what the MLP reads.
+
+    It acts once in an MLP: at the activated gate, or where there is none at what the last linear reads. Blocks are made
+    of the weights alone, and again when these have changed. Options but `layers` and `phase` must be hashable.
+    """
+
+    acts_at = ("gate", "down")
+
+    def blocks(self, size: int) -> int:
+        """How many blocks so many neurons have."""
+        raise NotImplementedError
+
+    def left(self, size: int) -> int:
+        """How many of them each token computes."""
+        raise NotImplementedError
+
+    def prepare(self, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the weights [F C] that make the neurons, the gate's first: the number of each one's block [F], of int64,
+        and a centre for each block [E C], of the weights' type. Runs outside of graphs, without gradients."""
+        raise NotImplementedError
+
+    def chosen(self, x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+        """Which neurons [.. F] each token computes that the MLP reads as `x` [.. C]; plain tensor code, traced."""
+        nearest = (x @ centres.to(x.dtype).T).topk(self.left(labels.shape[0]), dim=-1).indices
+        blocks = torch.zeros(*x.shape[:-1], centres.shape[0], dtype=torch.bool, device=x.device)
+        return blocks.scatter(-1, nearest, True).index_select(-1, labels)
+
+    def blocks_masked(self, values: Tensor, x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+        """The definition: `values` [.. F] with zeros for the neurons that a token does not compute."""
+        return torch.where(self.chosen(x, labels, centres), values, 0.0)
+
+    def idle(self, place: Neurons) -> bool:
+        return self.left(place.size) == self.blocks(place.size)
 
 
 def masked_by(values: Tensor, threshold: float) -> Tensor:
