@@ -22,6 +22,10 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         nn.init.normal_(self.lora_B.weight, std=0.3)
 
+    @property
+    def weight(self):
+        return self.base.weight
+
     def forward(self, x):
         return self.base(x) + self.lora_B(self.lora_A(x)) * 2.0
 
@@ -81,6 +85,31 @@ def test_teal_decodes_as_it_is_defined(name):
     notes = tokred.reports().graphs[1].notes
     assert len(notes) == (1 if name == "llama" else 0)  # GPT-2's weights are neuron by neuron as they are
     assert name == "gpt2" or notes[0].startswith("14 weights are kept a second time")
+
+
+def test_teal_decodes_with_the_shares_of_its_allocation():
+    model, ids = made("llama", torch.float32), example("llama")[:1]
+    recipe = "teal(sparsity=0.4, allocation='greedy')"
+    calibration = tokred.calibrate(model, [ids], recipe=recipe, progress=False)
+    limits = {}
+    for site in calibration.sites:
+        limits |= dict.fromkeys(site.parameters, site.sketch.threshold(site.shares[40]) if site.shares[40] else -1.0)
+    with masking(linears(model), only_decoding(limits), inputs=True):
+        wanted = generated(model, ids)
+    assert limits != limits_of(calibration, "input", 0.4)
+    same(generated(sparse(model, recipe, calibration=calibration), ids), wanted)
+
+
+@pytest.mark.parametrize("adapted", ["down_proj", "up_proj", "gate_proj"])
+def test_moefy_beside_lora_branches(adapted):
+    """Blocks are those of the weights that the branches stand beside."""
+    model, ids = made("llama", torch.float32), example("llama")[:1]
+    for layer in model.model.layers:
+        setattr(layer.mlp, adapted, LoraLinear(getattr(layer.mlp, adapted)))
+    recipe = "moefy(neurons=8)"
+    with masking_blocks(model, parse_recipe(recipe).methods[0], decoding=True):
+        wanted = generated(model, ids, tokens=3)
+    same(generated(sparse(model, recipe), ids, tokens=3), wanted)
 
 
 @pytest.mark.parametrize("name, batch", [("llama", 1), ("phi3", 2), ("gpt2", 1)])

@@ -103,7 +103,7 @@ class Relaid:
     def fits(self, *parameters: Any) -> bool:
         """Whether it was made of these parameters as they are now."""
         for known, seen, parameter in zip(self.parameters, self.seen, parameters, strict=False):
-            if known() is not parameter or seen != (parameter._version, parameter.data_ptr()):
+            if seen != (parameter._version, parameter.data_ptr()) or known() is not parameter:
                 return False
         return bool(self.seen)
 

@@ -61,7 +61,8 @@ class Teal(Threshold):
             return ""
         if place.shares is None:
             how = f"calibration=tokred.calibrate(model, batches, recipe=\"{self.name}(allocation='greedy')\")"
-            return f"the calibration allocates no shares to the linears of this layer: {how}"
+            shared = "one that has some of its weights in common with another gets none"
+            return f"the calibration allocates no shares to the linears of this layer ({shared}): {how}"
         if self.share > last_share(place.shares):
             return f"the allocation to this layer ends where {last_share(place.shares):.0%} is left out"
         return ""
