@@ -19,12 +19,12 @@ class Moefy(Blockwise):
     """Split each MLP's neurons into equal blocks by their weights; a token computes the blocks nearest to its input.
 
     Zhang, Lin, Liu, Li, Sun, Zhou: "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", Findings of
-    ACL 2022, arXiv 2110.01786: parameter clustering split (3.2) and parameter center selection (3.3), the two that need
-    neither data nor training. Blocks are balanced k-means clusters of the rows of the first linear's weight, each of
-    length 1; where a gate is beside it, of the rows of both, one behind the other. A block's centre is the mean of its
-    rows (the gate's, where there is one), of length 1. For each token x the blocks with the largest centre . x are
-    computed, as many for every token; the others' neurons are 0. The paper is about ReLU, and trains a little more
-    where models have another activation: expect more loss there, and measure it.
+    ACL 2022, arXiv 2110.01786; of its ways to construct experts and to select them the two that need neither data nor
+    training. Blocks are balanced k-means clusters of the rows of the first linear's weight, each of length 1; where a
+    gate is beside it (which the paper has not), of the rows of both, one behind the other. A block's centre is the mean
+    of its rows (the gate's, where there is one), of length 1. For each token x the blocks with the largest
+    centre . x are computed, as many for every token; the others' neurons are 0. The paper is about ReLU, and trains a
+    little more where models have another activation: expect more loss there, and measure it.
 
     The blocks follow the weights: they are found anew when a parameter has changed. While decoding, blocks that no
     token of the batch needs are not read behind the gate (or, without one, in the last linear); what tells whether a
@@ -32,7 +32,7 @@ class Moefy(Blockwise):
 
     sparsity   the share of each MLP's blocks left out, in [0, 1); above 0 at least one goes, and one stays; 0.5
     neurons    how many neurons a block has at most; of at least two blocks some have one less where it does not come
-               out even; 32, as in the paper's T5
+               out even; 32, as in the released code
     rounds     at most so many rounds of k-means; 20
     seed       another start of k-means
     phase      "decode" (one token a sequence; prompts stay dense) or "masked" (every token, to measure quality)
