@@ -87,7 +87,8 @@ def balanced_clusters(points: Tensor, count: int, rounds: int, seed: int) -> Ten
 
 def centres(points: Tensor, labels: Tensor, count: int) -> Tensor:
     """The mean direction of each cluster's points, [E C], of length 1."""
-    return normalize(points.new_zeros(count, points.shape[1]).index_add(0, labels, points), dim=1)
+    members = labels == torch.arange(count, device=labels.device)[:, None]  # [E F]
+    return normalize(members.to(points.dtype) @ points, dim=1)  # index_add's order on CUDA is another in each run
 
 
 def assigned(similarity: Tensor, room: Tensor) -> Tensor:
