@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +16,21 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import find_blocks
 from tokred.compiler.calibration import Calibration, Fingerprint, Measured
 from tokred.compiler.capture import capture
+from tokred.compiler.layers import Layer, find_layers
 from tokred.compiler.neurons import NeuronSite, find_neurons
 from tokred.errors import CalibrationError
 from tokred.explain import as_compiled
 from tokred.passes.expand_encoder_layer import expand_encoder_layer
-from tokred.registry.neurons import Sparsity
+from tokred.registry.allocation import greedy_shares
+from tokred.registry.neurons import Sparsity, masked_by
 from tokred.registry.recipe import parse_recipe
 from tokred.registry.sketch import Sketch
 
 __all__ = ["calibrate"]
 
 log = logging.getLogger("tokred")
+
+Names = tuple[str, ...]  # of the parameters of the linears that read one value
 
 
 def calibrate(
@@ -38,8 +45,11 @@ def calibrate(
     recipe    which methods are to be served (whatever their sparsity); None measures for all of them
     progress  whether to show how far it is
 
-    One calibration serves every sparsity. Under torch.distributed, give each process its own batches and call
-    `all_merge()` on the result. Raises CalibrationError where there is nothing to measure, or where it is no number.
+    One calibration serves every sparsity. Where a method of the recipe wants shares allocated, as
+    "teal(allocation='greedy')" does, each layer is then run some hundred times by itself on what entered it, and the
+    whole model once for each layer: few batches are enough. Under torch.distributed, give each process its own batches
+    and call `all_merge()` on the result: counts add up; of allocations it takes the mean.
+    Raises CalibrationError where there is nothing to measure, or where it is no number.
     """
     if model.training:
         raise CalibrationError(
@@ -50,20 +60,23 @@ def calibrate(
     names = {id(parameter): name for name, parameter in plain.named_parameters(remove_duplicate=True)}
     meter = _Meter(wanted, names)
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
+    allocating = any(method.allocated for method in parse_recipe(recipe).of(Sparsity))
+    batches = list(batches) if allocating else batches
     with torch.no_grad(), torch._dynamo.config.patch(limits), as_compiled(plain):
         compiled: Any = torch.compile(plain, backend=meter.backend, dynamic=False)
-        for batch in _shown(batches, progress):
-            args, kwargs = _arguments(batch)
-            mask = kwargs.get("attention_mask")
-            meter.real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            compiled(*args, **kwargs)
-    found = meter.calibration(type(plain).__name__)
-    if not found.sites:
-        measured = "/".join(sorted(wanted))
-        raise CalibrationError(
-            f"{type(plain).__name__} has no linear layers of MLPs or attentions to measure: {measured}"
-        )
-    found.check()
+        meter.run(compiled, _shown(batches, progress))
+        found = meter.calibration(type(plain).__name__)
+        if not found.sites:
+            measured = "/".join(sorted(wanted))
+            raise CalibrationError(
+                f"{type(plain).__name__} has no linear layers of MLPs or attentions to measure: {measured}"
+            )
+        found.check()
+        if allocating:
+            for layer in _shown(meter.layers(), progress, "allocate"):
+                meter.keeping, meter.kept = layer, []
+                meter.run(compiled, batches)
+                _allocate(meter, {site.parameters: site for site in found.sites if site.values == "input"})
     return found
 
 
@@ -84,33 +97,58 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches, with a progress bar if tqdm is there, else with a line in the log for each."""
+def _shown(parts: Iterable[Any], progress: bool, what: str = "calibrate") -> Iterable[Any]:
+    """Batches or layers, with a progress bar if tqdm is there, else with a line in the log for each."""
     if progress:
         try:
             from tqdm.auto import tqdm
         except ImportError:
             pass
         else:
-            return tqdm(batches, desc="calibrate", disable=None)  # type: ignore[no-any-return]
-    return _logged(batches)
+            return tqdm(parts, desc=what, disable=None)  # type: ignore[no-any-return]
+    return _logged(parts, what)
 
 
-def _logged(batches: Iterable[Any]) -> Iterable[Any]:
-    total = f" of {len(batches)}" if isinstance(batches, Sized) else ""
-    for number, batch in enumerate(batches, 1):
-        log.info("calibrate: batch %d%s", number, total)
-        yield batch
+def _logged(parts: Iterable[Any], what: str) -> Iterable[Any]:
+    total = f" of {len(parts)}" if isinstance(parts, Sized) else ""
+    for number, part in enumerate(parts, 1):
+        log.info("%s: %s %d%s", what, "batch" if what == "calibrate" else "layer", number, total)
+        yield part
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one run of a layer needs and gave, and which of its tokens [B N] are no padding."""
+
+    layer: Layer
+    names: dict[NeuronSite, Names]
+    known: dict[fx.Node, Any]
+    output: Tensor
+    real: Tensor | None
 
 
 class _Meter:
-    """A Dynamo backend whose graphs count the magnitudes of some values while they run."""
+    """A Dynamo backend whose graphs count the magnitudes of some values while they run.
+
+    keeping, kept   the layer whose runs are kept instead, by its sites' parameters, and these
+    """
 
     def __init__(self, wanted: set[str], names: dict[int, str]):
         self.wanted, self.names = wanted, names
         self.real: Tensor | None = None  # [B N] the tokens of the present batch that are no padding
         self.fingerprints: dict[str, Fingerprint] = {}
-        self.sketches: dict[tuple[str, tuple[str, ...]], Sketch] = {}
+        self.sketches: dict[tuple[str, Names], Sketch] = {}
+        self.bytes: dict[Names, int] = {}  # of the parameters together
+        self.found: dict[tuple[Names, ...], None] = {}  # layers, in their order
+        self.keeping: tuple[Names, ...] | None = None
+        self.kept: list[_Kept] = []
+
+    def run(self, compiled: Any, batches: Iterable[Any]) -> None:
+        for batch in batches:
+            args, kwargs = _arguments(batch)
+            mask = kwargs.get("attention_mask")
+            self.real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            compiled(*args, **kwargs)
 
     def backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         captured = expand_encoder_layer(capture(gm, example_inputs))
@@ -120,14 +158,19 @@ class _Meter:
             if isinstance(value, Tensor)
         }
         watched: dict[fx.Node, list[Sketch]] = {}
+        named: dict[NeuronSite, Names] = {}
         for site in find_neurons(captured, find_blocks(captured, Axes(captured.graph))):
-            if site.measured in self.wanted and (sketch := self._sketch(captured, site, parameters)) is not None:
-                watched.setdefault(site.values, []).append(sketch)
-        return _Watching(captured, watched, self).run
+            if site.measured in self.wanted and (names := self._named(captured, site, parameters)):
+                watched.setdefault(site.values, []).append(self.sketches.setdefault((site.measured, names), Sketch()))
+                if site.measured == "input":
+                    named[site] = names
+        layers = find_layers(named)
+        self.found.update(dict.fromkeys(tuple(named[site] for site in layer.sites) for layer in layers))
+        return _Watching(captured, watched, layers, named, self).run
 
-    def _sketch(self, gm: fx.GraphModule, site: NeuronSite, parameters: dict[fx.Node, Tensor]) -> Sketch | None:
-        """Where the site's magnitudes are counted, under its parameters' names in the model."""
-        names = []
+    def _named(self, gm: fx.GraphModule, site: NeuronSite, parameters: dict[fx.Node, Tensor]) -> Names:
+        """The names that the parameters of the site's linears have in the model."""
+        names, size = [], 0
         for linear in site.linears:
             if linear.weight is None:
                 continue
@@ -135,7 +178,14 @@ class _Meter:
             name = self.names.get(id(value), linear.name)
             self.fingerprints[name] = Fingerprint.of(value)
             names.append(name)
-        return self.sketches.setdefault((site.measured, tuple(names)), Sketch()) if names else None
+            size += value.nbytes
+        self.bytes[tuple(names)] = size
+        return tuple(names)
+
+    def layers(self) -> list[tuple[Names, ...]]:
+        """The layers by their sites' parameters, without those that share some but not all of these with another."""
+        of = Counter(names for layer in self.found for names in set(layer))
+        return [layer for layer in self.found if all(of[names] == 1 for names in layer)]
 
     def calibration(self, model: str) -> Calibration:
         sites = [Measured(values, names, sketch) for (values, names), sketch in self.sketches.items()]
@@ -143,17 +193,63 @@ class _Meter:
 
 
 class _Watching(fx.Interpreter):
-    """Run a graph, and count the magnitudes of the watched values as they come."""
+    """Run a graph, and count the magnitudes of the watched values as they come; or keep what a layer needs."""
 
-    def __init__(self, gm: fx.GraphModule, watched: dict[fx.Node, list[Sketch]], meter: _Meter):
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        watched: dict[fx.Node, list[Sketch]],
+        layers: list[Layer],
+        named: dict[NeuronSite, Names],
+        meter: _Meter,
+    ):
         super().__init__(gm)
-        self.watched, self.meter = watched, meter
+        self.watched, self.layers, self.named, self.meter = watched, layers, named, meter
+        self.known: dict[fx.Node, Any] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        meter = self.meter
+        layers = [layer for layer in self.layers if tuple(self.named[site] for site in layer.sites) == meter.keeping]
+        wanted = {node for layer in layers for node in (*layer.needed, layer.output)}
+        self.known = dict.fromkeys(wanted)
+        result = super().run(*args, **kwargs)
+        for layer in layers:
+            known = {node: self.known[node] for node in layer.needed}
+            meter.kept.append(_Kept(layer, self.named, known, self.known[layer.output], meter.real))
+        self.known = {}
+        return result
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for sketch in self.watched.get(n, ()):
-            sketch.add(_real(value, self.meter.real))
+        if n in self.known:
+            self.known[n] = value
+        if self.meter.keeping is None:
+            for sketch in self.watched.get(n, ()):
+                sketch.add(_real(value, self.meter.real))
         return value
+
+
+def _allocate(meter: _Meter, sites: dict[Names, Measured]) -> None:
+    """Give the sites of the layer that was kept their shares."""
+    assert meter.keeping is not None
+    layer = dict.fromkeys(meter.keeping)  # a site that a layer has twice is one
+
+    def error(shares: list[float]) -> float:
+        given = zip(layer, shares, strict=True)
+        limits = {names: sites[names].sketch.threshold(share) for names, share in given if share}
+        total = 0.0
+        for kept in meter.kept:
+            masks = {
+                site: partial(masked_by, threshold=limits[names])
+                for site in kept.layer.sites
+                if (names := kept.names[site]) in limits
+            }
+            change = kept.layer.run(kept.known, masks) - kept.output
+            total += float(_real(change, kept.real).double().square().sum())
+        return total
+
+    for names, shares in zip(layer, greedy_shares(error, [meter.bytes[names] for names in layer]), strict=True):
+        sites[names].shares = tuple(shares)
 
 
 def _real(values: Tensor, mask: Tensor | None) -> Tensor:

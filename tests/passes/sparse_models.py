@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.decoders.models import SIZES
 
-__all__ = ["GATED", "MODELS", "TWO", "example", "gates", "linears", "made", "masking"]
+__all__ = ["GATED", "MODELS", "TWO", "example", "gates", "linears", "made", "masking", "masking_blocks", "mlps"]
 
 TWO: dict[str, Any] = SIZES | {"num_hidden_layers": 2}
 ENCODER: dict[str, Any] = {
@@ -88,6 +89,56 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and "head" not in name
     }
+
+
+def mlps(model: nn.Module) -> list[tuple[Any, Any, list[Tensor]]]:
+    """Each MLP's first linear, its last one, and the weights [F C] that make its neurons, the gate's first."""
+    found = []
+    for module in model.modules():
+        parts: dict[str, Any] = dict(module.named_children())
+        if "gate_up_proj" in parts:
+            found.append((parts["gate_up_proj"], parts["down_proj"], list(parts["gate_up_proj"].weight.chunk(2))))
+        elif "gate_proj" in parts:
+            rows = [parts["gate_proj"].weight, parts["up_proj"].weight]
+            found.append((parts["gate_proj"], parts["down_proj"], rows))
+        elif "c_fc" in parts:
+            found.append((parts["c_fc"], parts["c_proj"], [parts["c_fc"].weight.T]))
+        elif "fc1" in parts:
+            found.append((parts["fc1"], parts["fc2"], [parts["fc1"].weight]))
+        elif "intermediate" in parts and "output" in parts:
+            first, last = parts["intermediate"].dense, parts["output"].dense
+            found.append((first, last, [first.weight]))
+    return found
+
+
+@contextmanager
+def masking_blocks(model: nn.Module, method: Any, *, decoding: bool = False) -> Iterator[None]:
+    """Inside, each token's MLPs compute the blocks whose centres its input points at most, as `method` makes them."""
+    seen: dict[Any, Tensor] = {}
+
+    def reads(last: Any, module: Any, args: tuple[Tensor]) -> None:
+        seen[last] = args[0]
+
+    def mask(blocks: tuple[Tensor, Tensor], module: Any, args: tuple[Tensor]) -> Any:
+        (labels, centres), h, x = blocks, args[0].clone(), seen[module]
+        if decoding and h.shape[-2] > 1:
+            return args
+        for row, token in zip(h.view(-1, h.shape[-1]), x.reshape(-1, x.shape[-1]), strict=True):
+            order = (centres * token).sum(1).argsort(descending=True)
+            for block in order[method.left(len(labels)) :]:
+                row[labels == block] = 0
+        return (h,)
+
+    handles = []
+    for first, last, rows in mlps(model):
+        blocks = method.prepare(*(part.detach() for part in rows))
+        handles.append(first.register_forward_pre_hook(partial(reads, last)))
+        handles.append(last.register_forward_pre_hook(partial(mask, blocks)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import tokred
-from tests.passes.sparse_models import example, gates, linears, made, masking
+from tests.passes.sparse_models import example, gates, linears, made, masking, masking_blocks, mlps
 from tokred.compiler.cost import Skipped, predict_neurons
 from tokred.compiler.machine import Machine
 from tokred.compiler.relaid import Relaid
+from tokred.registry.recipe import parse_recipe
 
 
 class LoraLinear(nn.Module):
@@ -20,6 +21,10 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         nn.init.normal_(self.lora_B.weight, std=0.3)
+
+    @property
+    def weight(self):
+        return self.base.weight
 
     def forward(self, x):
         return self.base(x) + self.lora_B(self.lora_A(x)) * 2.0
@@ -80,6 +85,53 @@ def test_teal_decodes_as_it_is_defined(name):
     notes = tokred.reports().graphs[1].notes
     assert len(notes) == (1 if name == "llama" else 0)  # GPT-2's weights are neuron by neuron as they are
     assert name == "gpt2" or notes[0].startswith("14 weights are kept a second time")
+
+
+def test_teal_decodes_with_the_shares_of_its_allocation():
+    model, ids = made("llama", torch.float32), example("llama")[:1]
+    recipe = "teal(sparsity=0.4, allocation='greedy')"
+    calibration = tokred.calibrate(model, [ids], recipe=recipe, progress=False)
+    limits = {}
+    for site in calibration.sites:
+        limits |= dict.fromkeys(site.parameters, site.sketch.threshold(site.shares[40]) if site.shares[40] else -1.0)
+    with masking(linears(model), only_decoding(limits), inputs=True):
+        wanted = generated(model, ids)
+    assert limits != limits_of(calibration, "input", 0.4)
+    same(generated(sparse(model, recipe, calibration=calibration), ids), wanted)
+
+
+@pytest.mark.parametrize("adapted", ["down_proj", "up_proj", "gate_proj"])
+def test_moefy_beside_lora_branches(adapted):
+    """Blocks are those of the weights that the branches stand beside."""
+    model, ids = made("llama", torch.float32), example("llama")[:1]
+    for layer in model.model.layers:
+        setattr(layer.mlp, adapted, LoraLinear(getattr(layer.mlp, adapted)))
+    recipe = "moefy(neurons=8)"
+    with masking_blocks(model, parse_recipe(recipe).methods[0], decoding=True):
+        wanted = generated(model, ids, tokens=3)
+    same(generated(sparse(model, recipe), ids, tokens=3), wanted)
+
+
+@pytest.mark.parametrize("name, batch", [("llama", 1), ("phi3", 2), ("gpt2", 1)])
+def test_moefy_decodes_as_it_is_defined(name, batch):
+    model, ids = made(name, torch.float32), example(name)[:batch]
+    recipe = "moefy(neurons=8)"
+    compiled, method, counts = sparse(model, recipe), parse_recipe(recipe).methods[0], []
+    for _ in range(2):
+        with masking_blocks(model, method, decoding=True):
+            wanted = generated(model, ids, tokens=4)
+        assert not torch.allclose(wanted[1], generated(model, ids, tokens=4)[1], atol=1e-3)
+        same(generated(compiled, ids, tokens=4), wanted)
+        counts.append(len(tokred.reports().graphs))
+        other = {key: value.flip(0) if "norm" not in key else value for key, value in model.state_dict().items()}
+        model.load_state_dict(other)  # the blocks follow
+    assert counts[0] == counts[1]
+    decoding = tokred.reports().graphs[1]
+    rows = [block for block in decoding.blocks if block.kind == "mlp"]
+    assert all(row.method and not row.refusal and row.flops[1] < 0.85 * row.flops[0] for row in rows)
+    blocks = len(mlps(model)[0][2][0]) // 8
+    assert all(f"{blocks // 2} of {blocks} blocks" in row.note for row in rows)
+    assert decoding.notes[0].startswith("which blocks neurons are of")
 
 
 def test_no_recompile_per_token_and_new_weights_are_seen():
@@ -168,7 +220,7 @@ def test_the_gate_refuses_what_does_not_pay():
 def test_through_inductor():
     model, ids = made("llama", torch.float32), example("llama")[:1]
     calibration = tokred.calibrate(model, [ids], progress=False)
-    for recipe in ("cats()", "teal(sparsity=0.4)"):
+    for recipe in ("cats()", "teal(sparsity=0.4)", "moefy(neurons=8)"):
         wanted = generated(sparse(model, recipe, calibration=calibration), ids, tokens=4)
         torch.compiler.reset()
         compiled = tokred.compile(model, recipe, fullgraph=True, calibration=calibration)

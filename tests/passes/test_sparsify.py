@@ -7,8 +7,9 @@ import torch
 import transformers as hf
 
 import tokred
-from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking
+from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking, masking_blocks
 from tokred.calibrate import calibrate
+from tokred.registry.recipe import parse_recipe
 
 MEASURED = 1e-9  # relative to the outputs, in float64
 
@@ -80,12 +81,59 @@ def test_a_method_masks_what_every_linear_reads_or_the_activated_gate(method, na
     check(model, recipe, calibration, modules, limits, batches[0], reads=reads)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_greedy_shares_of_every_layer_leave_out_what_was_asked_for(name):
+    model, batches = made(name), [example(name, seed) for seed in range(2)]
+    greedy = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
+    calibration = calibrate(model, batches, recipe=greedy, progress=False)
+    modules = linears(model)
+    limits, left = {}, {}
+    for site in calibration.sites:
+        share = site.shares[40]
+        for parameter in site.parameters:
+            limits[parameter] = site.sketch.threshold(share) if share else -1.0
+            left[parameter] = share
+    sizes = {parameter: modules[parameter].weight.numel() for parameter in limits}
+    for layer in ("0", "1"):
+        own = [parameter for parameter in limits if layer in parameter.split(".")]
+        part = sum(left[parameter] * sizes[parameter] for parameter in own) / sum(map(sizes.get, own))
+        assert part == pytest.approx(0.4)
+    assert len(set(left.values())) > 4
+    check(model, greedy, calibration, modules, limits, batches[0], reads=True)
+
+
+def test_teal_without_its_allocation_is_refused():
+    model, batches = made("llama"), [example("llama")]
+    calibration = calibrate(model, batches, recipe="teal", progress=False)
+    run(compiled(model, "teal(allocation='greedy', phase='masked')", calibration=calibration), batches[0])
+    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+    assert {refusal.code for refusal in refusals} == {"no-allocation"}
+    assert "tokred.calibrate(model, batches, recipe=\"teal(allocation='greedy')\")" in refusals[0].reason
+    too_much = "teal(sparsity=0.999, allocation='greedy', phase='masked')"
+    calibration = calibrate(model, batches, recipe=too_much, progress=False)
+    run(compiled(model, too_much, calibration=calibration), batches[0])
+    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+    assert {refusal.code for refusal in refusals} == {"no-allocation"} and "ends where 9" in refusals[0].reason
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "vit"])
 def test_cats_refuses_mlps_without_a_gate(name):
     model = made(name)
     run(compiled(model, "cats(threshold=0.1, phase='masked')"), example(name))
     refused = [block.refusal.code for block in tokred.reports().graphs[0].blocks if block.refusal]
     assert refused == ["not-gated"] * 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moefy_masks_blocks_of_neurons(name):
+    model, inputs = made(name), example(name)
+    recipe = "moefy(sparsity=0.6, neurons=7, phase='masked')"
+    with masking_blocks(model, parse_recipe(recipe).methods[0]):
+        wanted = run(model, inputs)
+    dense = run(model, inputs)
+    got = run(compiled(model, recipe, strict=True), inputs)
+    assert (wanted - dense).abs().max() > 1e-3 * dense.abs().max()
+    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(dense.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -148,7 +196,7 @@ def test_a_method_that_raises_at_one_place_is_refused_at_the_whole_block():
     torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("recipe", ["teal(sparsity=0, phase='masked')", "cats(sparsity=0.0, phase='masked')"])
+@pytest.mark.parametrize("recipe", [f"{name}(sparsity=0, phase='masked')" for name in ("teal", "cats", "moefy")])
 def test_nothing_left_out_is_the_unmodified_model(recipe):
     model, inputs = made("llama"), example("llama")
     got = run(compiled(model, recipe, exact=False), inputs)

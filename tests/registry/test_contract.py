@@ -42,6 +42,11 @@ def test_method_keeps_the_contract(name):
     check_method(tokred.methods()[name](**IMPORTS.get(name, {})))
 
 
+@pytest.mark.slow
+def test_greedy_shares_keep_the_contract():
+    check_method("teal(allocation='greedy')")
+
+
 VARIANTS = [
     "catp(keep=0.3, weight=5)",
     "catp(keep=0.3, images=4)",

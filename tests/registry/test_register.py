@@ -44,6 +44,7 @@ BUILT_IN = {
     "skip_block": "sparsify",
     "lora_prune": "sparsify",
     "adaptive_width": "sparsify",
+    "moefy": "sparsify",
     "random_neurons": "baseline",
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tokred.compiler.tensor_files import SAFETENSORS, read_tensors, write_tensors
 from tokred.errors import CalibrationError, nearest
 from tokred.registry.sketch import Sketch
 
@@ -46,11 +47,38 @@ class Fingerprint:
 @dataclass
 class Measured:
     """The magnitudes of one tensor: of what the linears with these parameters read ("input"), or of the activated
-    gate that the linear with this parameter makes ("gate")."""
+    gate that the linear with this parameter makes ("gate").
+
+    shares   how much is best left out here while its layer leaves out more and more (tokred.registry.allocation); None
+             where nobody asked
+    """
 
     values: str
     parameters: tuple[str, ...]
     sketch: Sketch
+    shares: tuple[float, ...] | None = None
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Measured:
+        """Raises ValueError, KeyError or TypeError for anything that `to_json` does not give."""
+        shares = data.get("shares")
+        if shares is not None:
+            shares = tuple(map(float, shares))
+            if not shares or not all(0 <= share < 1 for share in shares):
+                raise ValueError("shares left out lie in [0, 1)")
+        return Measured(data["values"], tuple(data["parameters"]), Sketch.from_json(data), shares)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"values": self.values, "parameters": list(self.parameters), **self.sketch.to_json()}
+        return own if self.shares is None else {**own, "shares": list(self.shares)}
+
+    def merge(self, other: Measured) -> None:
+        """Add what was counted elsewhere; `shares` become the mean, each weighing as much as was counted with it."""
+        if self.shares is not None and other.shares is not None:
+            own, others = self.sketch.total, other.sketch.total
+            pairs = zip(self.shares, other.shares, strict=False)  # one may end a few steps before the other
+            self.shares = tuple((own * a + others * b) / (own + others) for a, b in pairs)
+        self.sketch.merge(other.sketch)
 
 
 class Calibration:
@@ -62,9 +90,9 @@ class Calibration:
 
     def __init__(self, model: str, parameters: dict[str, Fingerprint], sites: list[Measured]):
         self.model, self.parameters, self.sites = model, parameters, sites
-        self._found = {(site.values, name): site.sketch for site in sites for name in site.parameters}
+        self._found = {(site.values, name): site for site in sites for name in site.parameters}
 
-    def sketch(self, values: str, name: str, parameter: Tensor) -> Sketch:
+    def measured(self, values: str, name: str, parameter: Tensor) -> Measured:
         """What was measured at the linear with this parameter.
 
         The name may lack the outer modules' names (a model that Dynamo broke into pieces). Raises CalibrationError that
@@ -107,7 +135,11 @@ class Calibration:
             values, name = only[0]
             raise CalibrationError(f"only one of two calibrations measured {values!r} at {name!r}")
         for site in other.sites:
-            self._found[site.values, site.parameters[0]].merge(site.sketch)
+            own = self._found.get((site.values, site.parameters[0]))
+            if own is None or (own.shares is None) != (site.shares is None):
+                did = f"measured {site.values!r} at" if own is None else "allocated shares to"
+                raise CalibrationError(f"only one of two calibrations {did} {site.parameters[0]!r}")
+            own.merge(site)
 
     def all_merge(self, group: Any = None) -> None:
         """Add up what the processes of a torch.distributed group measured: all of them then hold the same."""
@@ -119,28 +151,33 @@ class Calibration:
             self.merge(Calibration.from_json(data, "another process"))
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON; returns the path."""
+        """Write safetensors where that is the path's suffix (the package must be installed), else JSON; returns the
+        path."""
         path = Path(path)
-        path.write_text(json.dumps(self.to_json()))
+        if path.suffix == SAFETENSORS:
+            write_tensors(path, self.to_json())
+        else:
+            path.write_text(json.dumps(self.to_json()))
         return path
 
     @staticmethod
     def load(path: str | Path) -> Calibration:
-        """Raises CalibrationError for a file that is missing, truncated, of another kind, or with NaN in it."""
+        """What `save` wrote. Raises CalibrationError for a file that is missing, truncated, of another kind, or with
+        NaN in it."""
+        path = Path(path)
         try:
-            data = json.loads(Path(path).read_text())
+            data = read_tensors(path) if path.suffix == SAFETENSORS else json.loads(path.read_text())
         except OSError as error:
-            raise CalibrationError(f"calibration {str(path)!r}: {error.strerror}") from None
+            raise CalibrationError(f"calibration {str(path)!r}: {error.strerror or error}") from None
         except ValueError as error:
-            raise CalibrationError(f"calibration {str(path)!r} is truncated or no JSON: {error}") from None
+            kind = "safetensors" if path.suffix == SAFETENSORS else "JSON"
+            raise CalibrationError(f"calibration {str(path)!r} is truncated or no {kind}: {error}") from None
         return Calibration.from_json(data, str(path))
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         parameters = {name: [list(found.shape), found.digest] for name, found in self.parameters.items()}
-        sites = [
-            {"values": site.values, "parameters": list(site.parameters), **site.sketch.to_json()} for site in self.sites
-        ]
+        sites = [site.to_json() for site in self.sites]
         return {"format": FORMAT, "version": VERSION, "model": self.model, "parameters": parameters, "sites": sites}
 
     @staticmethod
@@ -152,7 +189,7 @@ class Calibration:
             raise CalibrationError(f"calibration {where!r} has version {data.get('version')!r}, this is {VERSION}")
         try:
             parameters = {name: Fingerprint(tuple(shape), str(d)) for name, (shape, d) in data["parameters"].items()}
-            sites = [Measured(s["values"], tuple(s["parameters"]), Sketch.from_json(s)) for s in data["sites"]]
+            sites = [Measured.from_json(site) for site in data["sites"]]
             found = Calibration(str(data["model"]), parameters, sites)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CalibrationError(f"calibration {where!r} is damaged: {type(error).__name__}: {error}") from None

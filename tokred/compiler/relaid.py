@@ -153,7 +153,7 @@ def _glimpse(parameter: Tensor) -> bytes:
 
 
 class RelaidInput(Extra):
-    """Inputs of a graph: what `make` makes of those with these numbers, which are parameters; looked up at each call."""
+    """Inputs of a graph: what `make` makes of those with these numbers, parameters. Looked up at each call."""
 
     stays = True
 

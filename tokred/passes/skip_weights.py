@@ -70,8 +70,10 @@ class Skipping:
             for linear in linears
         ]
 
-    def gated(self, site: NeuronSite, threshold: float, active: float) -> list[fx.Node]:
+    def gated(self, site: NeuronSite, threshold: float, active: float, masked: fx.Node | None = None) -> list[fx.Node]:
         """Replace the last linear of a gated MLP, and the one beside its gate, by one that computes open neurons alone.
+
+        masked   what is left of the activated gate, where that was said otherwise than by a threshold
 
         An empty list says that this cannot be, because the gate's factor or the product is needed elsewhere too (a LoRA
         branch reads or joins it): then mask the gate, and skip what is zero in the last linear.
@@ -90,7 +92,8 @@ class Skipping:
             y: Tensor = gated_tail(act, x, up[start:stop], bias, down_t, down_bias, _limit(act, threshold))
             return y
 
-        operands = (self._node(gating.activated), self._now(up), self._rows(up), self._node(up.bias))
+        act = self._node(gating.activated) if masked is None else masked
+        operands = (act, self._now(up), self._rows(up), self._node(up.bias))
         return [self._replace(down, tail, (*operands, self._columns(down), self._node(down.bias)), active)]
 
     def _gate_alone(self, gate: Part, packed: Linear) -> None:

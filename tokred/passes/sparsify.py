@@ -19,12 +19,13 @@ from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neur
 from tokred.compiler.relaid import erase_unused_copies
 from tokred.compiler.report import Refusal
 from tokred.compiler.requests import Votes
+from tokred.passes.choose_blocks import block_masked, unsplit
 from tokred.passes.choose_neurons import Choosing
 from tokred.passes.fewer_neurons import masked
 from tokred.passes.graph_edit import copy_graph, keep_output_strides, refresh
 from tokred.passes.outcome import Outcome
 from tokred.passes.skip_weights import Skipping, readable
-from tokred.registry.neurons import Chosen, Sparsity, Threshold
+from tokred.registry.neurons import Blockwise, Chosen, Sparsity, Threshold
 
 __all__ = ["Sparsified", "sparsify"]
 
@@ -72,11 +73,16 @@ def sparsify(
             if block in done.applied or not method.acts_on(place.layer, place.depth, place.module):
                 continue
             mine = [site for site in sites if site.place.role in method.acts_at]
-            refusal = _unfit(block, method, mine, original, calibration, choosing)
+            mine = mine[:1] if isinstance(method, Blockwise) else mine
+            refusal = _unfit(block, method, mine, original, calibration, parameters, choosing)
             if refusal is not None:
                 done.refused.setdefault(block, (method, refusal))
                 continue
             told = [_told(site, method, calibration, parameters, gm) for site in mine]
+            lacking = next((reason for site in told if (reason := method.lacks(site.place))), "")
+            if lacking:
+                done.refused.setdefault(block, (method, Refusal("no-allocation", lacking, _where(block))))
+                continue
             told = [site for site in told if not method.idle(site.place)]
             if told:
                 said = [_words(site, method, parameters, len(told), choosing) for site in told]
@@ -115,11 +121,12 @@ def _unfit(
     sites: list[NeuronSite],
     original: Blocks,
     calibration: Calibration | None,
+    parameters: Mapping[str, Tensor],
     choosing: Choosing,
 ) -> Refusal | None:
     """Why a method has nothing to do here; None if it has."""
     where = _where(block)
-    if not sites and isinstance(block, Mlp) and "gate" in method.acts_at:
+    if not sites and isinstance(block, Mlp) and method.acts_at == ("gate",):
         return Refusal("not-gated", f"{method.name} thresholds the gate of an MLP, and this one has none", where)
     if not sites:
         return None
@@ -132,6 +139,8 @@ def _unfit(
         return Refusal("no-decode", f"{method.name} acts while decoding, which this is no model for", where)
     if any(linear.weight is None for site in sites for linear in site.linears) or not all(s.linears for s in sites):
         return Refusal("weight", "the weight of one of its linears is computed, and no parameter", where)
+    if isinstance(method, Blockwise) and (reason := unsplit(sites[0], parameters)):
+        return Refusal("weight", reason, where)
     if method.calibrated and calibration is None:
         how = f"calibration=tokred.calibrate(model, batches, recipe={method.name!r})"
         return Refusal("no-calibration", f"{method.name} takes its thresholds from a calibration: {how}", where)
@@ -155,8 +164,8 @@ def _told(
     for linear in site.linears:
         weight: Any = linear.weight
         value = parameters[weight.name] if weight.op == "placeholder" else getattr(gm, weight.target)
-        sketch = calibration.sketch(site.measured, linear.name, value)
-    return site.at(sketch=sketch)
+        found = calibration.measured(site.measured, linear.name, value)
+    return site.at(sketch=found.sketch, shares=found.shares)
 
 
 def _words(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], of: int, choosing: Choosing) -> str:
@@ -174,7 +183,6 @@ def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
         linears = [*site.block.inputs, *site.block.outputs]  # type: ignore[union-attr]
         sizes = [meta.numel() for linear in linears if (meta := tensor_meta(linear.weight)) is not None]
         return Skipped(values, sum(sizes), 0, method.kept(site.place) / site.place.size, together=True)
-    assert isinstance(method, Threshold)
     linears, up = list(site.linears), None
     if site.place.role == "gate" and isinstance(site.block, Mlp) and site.block.gating is not None:
         up = linear_of(site.block.gating.up.linear)
@@ -186,14 +194,19 @@ def _skipped(site: NeuronSite, method: Sparsity) -> Skipped:
     return Skipped(values, sum(sizes), len(linears), _active(site, method))
 
 
-def _active(site: NeuronSite, method: Threshold) -> float:
-    sketch = site.place.sketch
-    return 1.0 if sketch is None else 1 - sketch.share(method.threshold_at(site.place))
+def _active(site: NeuronSite, method: Sparsity) -> float:
+    """The share of values that is expected to be left of one token; 1 if nobody knows."""
+    place = site.place
+    if isinstance(method, Blockwise):
+        return method.left(place.size) / method.blocks(place.size)
+    if place.sketch is None or not isinstance(method, Threshold):
+        return 1.0
+    return 1 - place.sketch.share(method.threshold_at(place))
 
 
 def _skips(method: Sparsity) -> bool:
     """Whether weights are skipped where they can be; else all is computed and masked."""
-    return isinstance(method, Threshold) and method.phase == "decode"
+    return isinstance(method, (Threshold, Blockwise)) and method.phase == "decode"
 
 
 def _spares(site: NeuronSite, method: Sparsity, parameters: Mapping[str, Tensor], choosing: Choosing) -> bool:
@@ -221,7 +234,7 @@ def _rewrite(
         try:
             if isinstance(method, Chosen):
                 changed += choosing.write(copy.graph, copies, site, method)
-            elif isinstance(method, Threshold) and _skips(method) and not readable(site, parameters):
+            elif _skips(method) and not readable(site, parameters):
                 changed += _skip(skipping, site, method)
             else:
                 changed.append(_mask(copy.graph, copies, site, method))
@@ -247,20 +260,26 @@ def _rewrite(
         done.graph = copy
 
 
-def _skip(skipping: Skipping, site: NeuronSite, method: Threshold) -> list[fx.Node]:
-    """Let operators that skip weights compute what a threshold defines; returns what is new in the graph."""
-    place = site.place
-    threshold = method.threshold_at(place)
-    active = _active(site, method)
-    if place.role != "gate":
-        return skipping.inputs(site.linears, threshold, active)
-    new = skipping.gated(site, threshold, active)
-    if new:
-        return new
+def _skip(skipping: Skipping, site: NeuronSite, method: Sparsity) -> list[fx.Node]:
+    """Let operators that skip weights compute what a method defines; returns what is new in the graph."""
+    place, active = site.place, _active(site, method)
+    if isinstance(method, Threshold):
+        threshold = method.threshold_at(place)
+        if place.role != "gate":
+            return skipping.inputs(site.linears, threshold, active)
+        new = skipping.gated(site, threshold, active)
+        if new:
+            return new
     gate = _mask(skipping.graph, skipping.copies, site, method)
+    if isinstance(method, Blockwise) and place.role == "gate":
+        new = skipping.gated(site, 0.0, active, gate)
+        if new:
+            return [gate, *new]
     return [gate, *skipping.inputs(site.block.outputs, 0.0, active)]  # type: ignore[union-attr]
 
 
 def _mask(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], site: NeuronSite, method: Sparsity) -> fx.Node:
     """Let what reads the site's values read the masked ones, which are returned."""
+    if isinstance(method, Blockwise):
+        return block_masked(graph, copies, site, method)
     return masked(graph, copies, site, partial(method.masked, place=site.place))

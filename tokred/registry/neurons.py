@@ -12,7 +12,7 @@ from tokred.errors import ArgumentError
 from tokred.registry.method import Method
 from tokred.registry.sketch import Sketch
 
-__all__ = ["Chosen", "Neurons", "Sparsity", "Threshold"]
+__all__ = ["Blockwise", "Chosen", "Neurons", "Sparsity", "Threshold"]
 
 PHASES = ("decode", "masked")
 
@@ -26,6 +26,8 @@ class Neurons:
     role           "gate": the activated gate of an MLP; "qkv", "out", "up", "down": what these linears read
     size           how many neurons or channels there are, an int or a symbolic size
     sketch         the magnitudes that a calibration found here; None without one
+    shares         how much it allocates to this place while the layer leaves out more and more, see
+                   tokred.registry.allocation; None if that was not asked of it
     """
 
     layer: int
@@ -34,6 +36,7 @@ class Neurons:
     role: str
     size: Any
     sketch: Sketch | None = None
+    shares: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,14 @@ class Sparsity(Method):
 
     acts_at     which roles (see Neurons) it has something to do at
     calibrated  whether it needs what a calibration found (tokred.calibrate)
+    allocated   whether it needs each place's `shares` as well
     """
 
     phase: str = "decode"
 
     acts_at: ClassVar[tuple[str, ...]] = ()
     calibrated: ClassVar[bool] = False
+    allocated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -64,6 +69,10 @@ class Sparsity(Method):
     def masked(self, values: Tensor, place: Neurons) -> Tensor:
         """The definition: `values` [.. F] with zeros for what is left out. Plain tensor code, traced into the graph."""
         raise NotImplementedError
+
+    def lacks(self, place: Neurons) -> str:
+        """What a calibration did not find at this place, as a sentence that says what to do; "" if all is there."""
+        return ""
 
     def words(self, place: Neurons) -> str:
         """What it does at this place, for the report."""
@@ -164,6 +173,43 @@ class Threshold(Sparsity):
         if place.sketch is None:
             return f"|x| <= {threshold:.3g} left out"
         return f"|x| <= {threshold:.3g} left out, {place.sketch.share(threshold):.0%} when calibrated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blockwise(Sparsity):
+    """Leaves out whole blocks of an MLP's neurons, which each token chooses by what the MLP reads.
+
+    It acts once in an MLP: at the activated gate, or where there is none at what the last linear reads. Blocks are made
+    of the weights alone, and again when these have changed. Options but `layers` and `phase` must be hashable.
+    """
+
+    acts_at = ("gate", "down")
+
+    def blocks(self, size: int) -> int:
+        """How many blocks so many neurons have."""
+        raise NotImplementedError
+
+    def left(self, size: int) -> int:
+        """How many of them each token computes."""
+        raise NotImplementedError
+
+    def prepare(self, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the weights [F C] that make the neurons, the gate's first: the number of each one's block [F], of int64,
+        and a centre for each block [E C], of the weights' type. Runs outside of graphs, without gradients."""
+        raise NotImplementedError
+
+    def chosen(self, x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+        """Which neurons [.. F] each token computes that the MLP reads as `x` [.. C]; plain tensor code, traced."""
+        nearest = (x @ centres.to(x.dtype).T).topk(self.left(labels.shape[0]), dim=-1).indices
+        blocks = torch.zeros(*x.shape[:-1], centres.shape[0], dtype=torch.bool, device=x.device)
+        return blocks.scatter(-1, nearest, True).index_select(-1, labels)
+
+    def blocks_masked(self, values: Tensor, x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+        """The definition: `values` [.. F] with zeros for the neurons that a token does not compute."""
+        return torch.where(self.chosen(x, labels, centres), values, 0.0)
+
+    def idle(self, place: Neurons) -> bool:
+        return self.left(place.size) == self.blocks(place.size)
 
 
 def masked_by(values: Tensor, threshold: float) -> Tensor:

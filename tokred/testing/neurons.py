@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 from tokred.backend import backend, reports, reset
 from tokred.calibrate import calibrate
 from tokred.compiler.report import Report
-from tokred.registry.neurons import Chosen, Neurons, Sparsity
+from tokred.registry.allocation import STEP
+from tokred.registry.neurons import Blockwise, Chosen, Neurons, Sparsity
 from tokred.registry.sketch import Sketch
 from tokred.testing.models import BLOCKS, WIDTH, CausalBlock, TinyDecoder
 
@@ -58,11 +59,12 @@ def _check_mask(method: Sparsity, nothing: Sparsity, role: str, dtype: torch.dty
     values = torch.randn(3, 5, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     sketch = Sketch()
     sketch.add(values)
-    place = Neurons(1, 3, "module", role, SIZE, sketch)
+    shares = tuple(STEP * k for k in range(96))  # as if each place of a layer had the same
+    place = Neurons(1, 3, "module", role, SIZE, sketch, shares)
     assert nothing.idle(place), f"{nothing} should leave {role!r} alone, but idle() says that it does not"
     assert not method.idle(place), f"{where}: idle() says that it leaves nothing out"
     inputs = values.clone().requires_grad_()
-    left = method.masked(inputs, place)
+    left = _left(method, inputs, place)
     assert left.shape == values.shape and left.dtype == dtype, (
         f"{where}: masked() gives {list(left.shape)} {left.dtype}"
     )
@@ -70,12 +72,29 @@ def _check_mask(method: Sparsity, nothing: Sparsity, role: str, dtype: torch.dty
     assert ((left == values) | (left == 0)).all(), f"{where}: masked() changed numbers that it did not leave out"
     out = (left == 0).double().mean()
     assert 0 < out < 1, f"{where}: masked() leaves out {out:.0%}"
-    assert torch.equal(left, method.masked(values, place)), f"{where}: two runs on the same input differ"
+    assert torch.equal(left, _left(method, values, place)), f"{where}: two runs on the same input differ"
     for sample in range(0 if isinstance(method, Chosen) else 3):  # which lets the samples of a batch choose together
-        alone = method.masked(values[sample : sample + 1], place)
+        alone = _left(method, values[sample : sample + 1], place, sample)
         assert torch.equal(alone, left[sample : sample + 1]), f"{where}: a sample's mask depends on its batch"
     (gradient,) = torch.autograd.grad(left.float().square().sum(), inputs)
     assert gradient.isfinite().all(), f"{where}: gradients are not finite"
+
+
+def _left(method: Sparsity, values: Tensor, place: Neurons, first: int = 0) -> Tensor:
+    """What the method leaves of some samples' values, of which `first` is the number of the first."""
+    if not isinstance(method, Blockwise):
+        return method.masked(values, place)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, WIDTH, generator=generator)[first : first + len(values)].to(values.dtype)
+    gate, up = torch.randn(2, SIZE, WIDTH, generator=generator).to(values.dtype)
+    labels, centres = method.prepare(gate, up)
+    again, _ = method.prepare(gate, up)
+    assert torch.equal(labels, again), f"{method}: prepare() makes other blocks in another run"
+    wanted = (method.blocks(SIZE), WIDTH)
+    assert labels.dtype == torch.int64 and labels.shape == (SIZE,) and centres.shape == wanted, (
+        f"{method}: prepare() gives {list(labels.shape)} {labels.dtype} and {list(centres.shape)} for {SIZE} neurons"
+    )
+    return method.blocks_masked(values, x, labels, centres)
 
 
 def _check_model(method: Sparsity, nothing: Sparsity) -> None:
