@@ -6,7 +6,6 @@ What is computed of the block alone, up to that sum, goes with it: a norm behind
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -46,8 +45,9 @@ def skip_blocks(gm: fx.GraphModule, blocks: Blocks, original: Blocks, methods: t
     done = Skipped(gm, original)
     if len(blocks.mlps) != len(original.mlps) or len(blocks.attentions) != len(original.attentions):
         return done
-    fixed = _fixed(gm)
-    sums: dict[fx.Node, fx.Node] = {}
+    copy = copy_graph(gm)
+    copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+    fixed, changed = _fixed(copy), []
     paired = zip(blocks.attentions, original.attentions, strict=True)
     alone = {block: _own_attention(was, original) for block, was in paired}
     found: list[Block] = [*blocks.mlps, *blocks.attentions]
@@ -65,17 +65,20 @@ def skip_blocks(gm: fx.GraphModule, blocks: Blocks, original: Blocks, methods: t
                 reason = "its layer has another attention, and which is which does not show in every graph"
                 done.refused.setdefault(block, (method, Refusal("cross-attention", reason, where)))
                 continue
-            join = _join(block.down if isinstance(block, Mlp) else _attended(block), fixed)
+            join = _join(copies[block.down if isinstance(block, Mlp) else _attended(block)], fixed)
             if join is None:
                 reason = "what it gives is not just added to the stream that it reads"
                 done.refused.setdefault(block, (method, Refusal("no-residual", reason, where)))
                 continue
-            sums[join[0]] = join[1]
+            changed.append(_leave_out(copy.graph, *join))
             done.applied[block] = (method, "left out: its sum with the stream is the stream")
     for block in done.applied:
         done.refused.pop(block, None)
-    if sums:
-        done.graph = _without(gm, sums)
+    if done.applied:
+        refresh(copy.graph, changed)
+        keep_output_strides(copy, gm)
+        copy.recompile()
+        done.graph = copy
         attentions = zip(blocks.attentions, original.attentions, strict=True)
         mlps = zip(blocks.mlps, original.mlps, strict=True)
         done.left = Blocks(
@@ -143,24 +146,14 @@ def _residual(total: fx.Node, start: fx.Node) -> bool:
     return False
 
 
-def _without(gm: fx.GraphModule, sums: dict[fx.Node, fx.Node]) -> fx.GraphModule:
-    """A copy of the graph in which each sum is its other operand."""
-    copy = copy_graph(gm)
-    copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
-    changed = []
-    for total in sorted(sums):
-        old = copies[total]
-        new: Any = old.args[total.args.index(sums[total])]  # which may be the operand of a sum that is gone by now
-        if any(user.op == "output" for user in old.users):  # the caller gets a tensor of its own
-            meta = new.meta["val"]
-            with copy.graph.inserting_before(old):
-                new = copy.graph.call_function(aten.clone.default, (new,))
-            new.meta["val"] = meta
-            inherit([new], old)
-        old.replace_all_uses_with(new)
-        changed.append(new)
-    refresh(copy.graph, changed)
-    keep_output_strides(copy, gm)
-    copy.graph.eliminate_dead_code()
-    copy.recompile()
-    return copy
+def _leave_out(graph: fx.Graph, total: fx.Node, other: fx.Node) -> fx.Node:
+    """Put a sum's other operand in its place; what that leaves without users goes."""
+    new = other
+    if any(user.op == "output" for user in total.users):  # the caller gets a tensor of its own
+        with graph.inserting_before(total):
+            new = graph.call_function(aten.clone.default, (other,))
+        new.meta["val"] = other.meta["val"]
+        inherit([new], total)
+    total.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+    return new
