@@ -126,6 +126,20 @@ def test_padding_does_not_count():
     assert np.array_equal(sketch.counts, wanted.counts)
 
 
+def test_padding_of_flattened_rows_does_not_count():
+    """GPT-2 multiplies [B*N C]."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :5] = 0
+    inputs = {"input_ids": example("gpt2"), "attention_mask": mask}
+    found = tokred.calibrate(made("gpt2"), [inputs], recipe="teal", progress=False)
+    totals = {site.parameters[0].split(".", 3)[3]: site.sketch.total for site in found.sites}
+    assert totals == {"mlp.c_fc.weight": 13 * 32, "mlp.c_proj.weight": 13 * 128, "attn.c_attn.weight": 13 * 32} | {
+        "attn.c_proj.weight": 13 * 32
+    }
+    with pytest.raises(CalibrationError, match="counted nothing in 'input' at"):
+        tokred.calibrate(made("gpt2"), [inputs | {"attention_mask": mask * 0}], recipe="teal", progress=False)
+
+
 def test_another_model_is_an_error_that_says_what_differs():
     found = measured()
     with pytest.raises(

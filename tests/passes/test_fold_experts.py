@@ -60,14 +60,16 @@ def folded(function: Step) -> fx.GraphModule:
     return fold_experts(graph)
 
 
-def test_they_are_one_op_and_the_same_numbers() -> None:
-    (graph,) = captured(experts_as_transformers(), *operands())
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu])
+def test_they_are_one_op_and_the_same_numbers(activation: Any) -> None:
+    experts = experts_as_transformers(gate=lambda a, b: activation(a) * b)
+    (graph,) = captured(experts, *operands())
     after = fold_experts(graph)
     assert len(after.graph.find_nodes(op="call_function", target=routed_experts)) == 1
     assert not after.graph.find_nodes(op="call_function", target=torch.ops.aten.sort.default)
     by_name = dict(zip(("x", "experts", "weights", "up", "down"), operands(), strict=True))
     inputs = [by_name[node.meta["source_name"].split("_")[1]] for node in graph.graph.find_nodes(op="placeholder")]
-    assert torch.equal(after(*inputs)[0], experts_as_transformers()(*operands()))
+    assert torch.equal(after(*inputs)[0], experts(*operands()))
 
 
 NEAR: dict[str, dict[str, Step]] = {
@@ -76,6 +78,7 @@ NEAR: dict[str, dict[str, Step]] = {
     "weights not sorted": {"weigh": lambda order: torch.arange(T * K)},
     "groups of other experts": {"top": lambda: E},
     "no activation": {"gate": lambda a, b: a * b},
+    "another activation": {"gate": lambda a, b: F.gelu(a, approximate="tanh") * b},
     "the halves change places": {"gate": lambda a, b: F.silu(b) * a},
     "groups that end elsewhere": {"ends": lambda ends: ends.flip(0)},
     "not put back": {"back": lambda inverse: inverse.flip(0)},
