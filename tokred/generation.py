@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from tokred.compiler.caches import Kept, collect
@@ -96,10 +96,8 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
                 vision = False  # this model decides on such numbers: better several graphs than none
                 log.info("%s: traced in pieces: %s", type(model).__name__, str(error).split("\n", 1)[0])
                 output = run(*args, **kwargs)
-        inner = [part for part in output.values() if isinstance(part, ModelOutput)] if kept else []
-        for part in (output, *inner):  # BLIP-2's has its language model's output inside
-            cache = getattr(part, "past_key_values", None) or kwargs.get("past_key_values")
-            if kept and cache is not None:
+        if kept:
+            for cache in [*_caches(output)] or _caches(kwargs.get("past_key_values")):
                 _adopt(cache, kept)
         return output
 
@@ -163,6 +161,15 @@ def _may_capture(forward: Any) -> bool:
             return True
         forward = getattr(forward, "__wrapped__", None)
     return False
+
+
+def _caches(output: Any) -> Iterator[Cache]:
+    """The caches in what a forward returned, BLIP-2's inside the output of its language model."""
+    if isinstance(output, Cache):
+        yield output
+    elif isinstance(output, (tuple, ModelOutput)):
+        for part in output.values() if isinstance(output, ModelOutput) else output:
+            yield from _caches(part)
 
 
 def _adopt(cache: Any, kept: list[Kept]) -> None:

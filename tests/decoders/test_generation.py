@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from torch import Tensor
 
 import tokred
-from tests.decoders.models import IMAGE, LENGTH, build, prompts
+from tests.decoders import oracle
+from tests.decoders.models import GEMMA, IMAGE, LENGTH, SPAN, build, prompts
 from tests.decoders.test_catp import two_images
+from tokred.generation import PrunedLayer
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +53,12 @@ def test_repeated_samples_keep_their_own_images(options: dict[str, int]) -> None
     assert generated(tokred.compile(model, lower="eager"), inputs, 6, **options) == generated(
         model, inputs, 6, **options
     )
+
+
+@pytest.mark.slow
+def test_a_forward_that_returns_a_tuple_prunes_its_caches_as_well() -> None:
+    inputs = prompts(2, model="llava")
+    model = tokred.compile(build("llava"), "fastv(layer=2, keep=0.5)", lower="eager")
+    with torch.no_grad():
+        (cache,) = [part for part in model(**inputs, return_dict=False) if isinstance(part, hf.DynamicCache)]
+    assert [isinstance(layer, PrunedLayer) for layer in cache.layers] == [False, False, True, True, True]
