@@ -102,7 +102,7 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
         return output
 
     result.forward = forward
-    if vision and hasattr(model, ENCODE):
+    if vision and hasattr(model, ENCODE) and not model.config.is_encoder_decoder:
         setattr(result, ENCODE, _encode_in_prefill(getattr(model, ENCODE)))
     return result
 

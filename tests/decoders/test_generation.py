@@ -62,3 +62,20 @@ def test_a_forward_that_returns_a_tuple_prunes_its_caches_as_well() -> None:
     with torch.no_grad():
         (cache,) = [part for part in model(**inputs, return_dict=False) if isinstance(part, hf.DynamicCache)]
     assert [isinstance(layer, PrunedLayer) for layer in cache.layers] == [False, False, True, True, True]
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_that_sees_encodes_ahead() -> None:
+    text = {"vocab_size": 99, "hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    vision = {"hidden_size": 32, "d_ff": 48, "d_kv": 8, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = hf.Pix2StructConfig(
+        text_config=text | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None},
+        vision_config=vision | {"num_attention_heads": 4, "seq_len": 16},
+    )
+    model = hf.Pix2StructForConditionalGeneration(config).eval()
+    patches = torch.randn(2, 9, 770)
+    patches[..., 0], patches[..., 1] = torch.arange(9) // 3 + 1, torch.arange(9) % 3 + 1
+    given: dict[str, Any] = {"flattened_patches": patches, "attention_mask": torch.ones(2, 9)}
+    given |= {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(tokred.compile(model, lower="eager").generate(**given), model.generate(**given))
