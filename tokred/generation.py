@@ -43,8 +43,13 @@ class PrunedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     dropped: int
     is_croppable = False
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Of another prompt, after `reset`, nothing is gone."""
+        super().lazy_initialization(key_states, value_states)
+        self.rows, self.dropped = key_states.new_empty((key_states.shape[0], 0), dtype=torch.int64), 0
+
     def get_seq_length(self) -> int:
-        length: int = super().get_seq_length() + self.dropped
+        length: int = super().get_seq_length() + self.dropped if self.is_initialized else 0
         return length
 
     def columns(self, tokens: int) -> Tensor:
@@ -204,7 +209,7 @@ def _columns_of_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     layers = getattr(cache, "layers", ())
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    if not isinstance(mask, Tensor) or not isinstance(layer, PrunedLayer):
+    if not isinstance(mask, Tensor) or not isinstance(layer, PrunedLayer) or not layer.is_initialized:
         return None
     columns = layer.columns(mask.shape[-1])
     mask = mask.expand(columns.shape[0], -1, -1, -1)

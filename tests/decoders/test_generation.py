@@ -79,3 +79,18 @@ def test_an_encoder_decoder_that_sees_encodes_ahead() -> None:
     given: dict[str, Any] = {"flattened_patches": patches, "attention_mask": torch.ones(2, 9)}
     given |= {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(tokred.compile(model, lower="eager").generate(**given), model.generate(**given))
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_reset_holds_another_prompt() -> None:
+    """Of another batch, and without an image: what the last prompt lost is none of its business."""
+    first, inputs = prompts(3, model="llava"), prompts(2)
+    model = tokred.compile(build("llava"), "fastv(layer=2, keep=0.5)", lower="eager")
+    with torch.no_grad():
+        cache = model(**first).past_key_values
+        cache.reset()
+        got = model(**inputs, past_key_values=cache).logits
+        wanted = build("llava")(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert cache.get_seq_length(2) == LENGTH and cache.layers[2].columns(LENGTH).tolist() == [[*range(LENGTH)]] * 2
+    assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
