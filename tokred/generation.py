@@ -211,7 +211,11 @@ def _columns_of_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     if not isinstance(mask, Tensor) or not isinstance(layer, PrunedLayer) or not layer.is_initialized:
         return None
-    columns = layer.columns(mask.shape[-1])
+    tokens = max(mask.shape[-1], layer.get_seq_length() + mask.shape[-2])
+    if before := tokens - mask.shape[-1]:  # it was made for layers whose caches hold the last window of tokens alone
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = nn.functional.pad(mask, (before, 0), value=hidden)
+    columns = layer.columns(tokens)
     mask = mask.expand(columns.shape[0], -1, -1, -1)
     shape = (-1, mask.shape[1], mask.shape[2], -1)
     return args, {**kwargs, "attention_mask": mask.gather(-1, columns[:, None, None].expand(shape))}

@@ -94,3 +94,39 @@ def test_a_cache_that_is_reset_holds_another_prompt() -> None:
     real = inputs["attention_mask"].bool()
     assert cache.get_seq_length(2) == LENGTH and cache.layers[2].columns(LENGTH).tolist() == [[*range(LENGTH)]] * 2
     assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
+
+
+def what_caches_lack(cache: Any, tokens: int) -> oracle.Dropped:
+    """Which tokens are gone from each layer on, read off the caches of a prompt of so many."""
+    left, gone = torch.ones(cache.layers[-1].keys.shape[0], tokens, dtype=torch.bool), {}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, PrunedLayer):
+            gone[number] = left.scatter(1, layer.rows, False)
+            left = left & ~gone[number]
+    return gone
+
+
+@pytest.mark.slow
+def test_generation_goes_on_past_a_sliding_window() -> None:
+    """A window of 28 and a prompt of 26: layers that lost nothing soon hold the last 27 keys alone."""
+
+    def model() -> Any:
+        torch.manual_seed(7)
+        kinds = ["sliding_attention"] * 3 + ["full_attention"]
+        sizes = GEMMA | {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 28}
+        made = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes)).double().eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(6)
+        made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, None
+        return made
+
+    inputs, steps, how = prompts(), 4, {"do_sample": False, "return_dict_in_generate": True}
+    fast = tokred.compile(model(), "fastv(layer=2, keep=0.5)", lower="eager", spans={"visual": SPAN})
+    found = fast.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=steps, **how)
+    gone = what_caches_lack(found.past_key_values, LENGTH)
+    assert [int(rows[0].sum()) for rows in gone.values()] == [6, 0]
+    plain = model()
+    plain.set_attn_implementation("oracle")
+    assert found.sequences[:, LENGTH:].tolist() == oracle.generate(plain, inputs, gone, steps).tolist()
