@@ -130,3 +130,22 @@ def test_generation_goes_on_past_a_sliding_window() -> None:
     plain = model()
     plain.set_attn_implementation("oracle")
     assert found.sequences[:, LENGTH:].tolist() == oracle.generate(plain, inputs, gone, steps).tolist()
+
+
+@pytest.mark.slow
+def test_beams_behind_a_pruned_prefill_are_those_behind_masked_keys() -> None:
+    inputs, plain = prompts(), build("llama")
+    plain.set_attn_implementation("oracle")
+    places = torch.arange(LENGTH).expand_as(inputs["input_ids"])
+    gone = oracle.fastv(2, 0.5)(plain, inputs, (places >= SPAN[0]) & (places < SPAN[1]))
+    given: dict[str, Any] = {"attention_mask": inputs["attention_mask"], "num_beams": 3, "max_new_tokens": 8}
+
+    def generated(model: Any) -> Tensor:
+        ids: Tensor = model.generate(inputs["input_ids"], do_sample=False, **given)
+        return ids
+
+    with oracle.masked({layer: rows.repeat_interleave(3, 0) for layer, rows in gone.items()}):
+        wanted = generated(plain)
+    model = tokred.compile(build("llama"), "fastv(layer=2, keep=0.5)", lower="eager", spans={"visual": SPAN})
+    assert torch.equal(generated(model), wanted)
+    assert not torch.equal(generated(plain), wanted), "what is dropped makes no difference"
