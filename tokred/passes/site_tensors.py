@@ -90,6 +90,13 @@ class SiteTensors:
         seen = [tower.stream, *(node for block in self._encoder(tower, method) for node in (block.query, block.key))]
         return None if any(self.lift.env[node].staged for node in seen) else tower
 
+    def images(self, span: Span) -> int | None:
+        """How many images of each sample the encoder made the span of, as many tokens of each, where that shows."""
+        tower = self.tower(span)
+        each: Any = None if tower is None else shape_of(tower.stream)[1] - tower.first
+        fits = isinstance(each, int) and span.count is not None and span.count % each == 0
+        return span.count // each if fits else None
+
     def _encoder(self, tower: Encoder, method: Reduction | None) -> list[Attention]:
         """The attentions of a vision encoder that the method looks at, the last one first."""
         last = tower.attention
