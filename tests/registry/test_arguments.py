@@ -160,6 +160,14 @@ OTHERS = [
     "catp(weight=-1)",
     "catp(weight=True)",
     "catp(ratio=1)",
+    "elastic_pool(tokens=0)",
+    "elastic_pool(tokens=8)",
+    "elastic_pool(tokens=4, keep=0.5)",
+    "visionzip(contextual=1.5)",
+    "visionzip(contextual='all')",
+    "corematching(core=0)",
+    "corematching(core=True)",
+    "corematching(layer=0)",
 ]
 OTHERS += [
     f"{name}(keep={keep})"
