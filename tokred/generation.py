@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from tokred.compiler.caches import Kept, collect
@@ -44,8 +44,13 @@ class PrunedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     dropped: int
     is_croppable = False
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Of another prompt, after `reset`, nothing is gone."""
+        super().lazy_initialization(key_states, value_states)
+        self.rows, self.dropped = key_states.new_empty((key_states.shape[0], 0), dtype=torch.int64), 0
+
     def get_seq_length(self) -> int:
-        length: int = super().get_seq_length() + self.dropped
+        length: int = super().get_seq_length() + self.dropped if self.is_initialized else 0
         return length
 
     def columns(self, tokens: int) -> Tensor:
@@ -98,18 +103,16 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
                 vision = False  # this model decides on such numbers: better several graphs than none
                 log.info("%s: traced in pieces: %s", type(model).__name__, str(error).split("\n", 1)[0])
                 output, turn = run(*args, **kwargs)
-        fields = output.values() if isinstance(output, ModelOutput) and (kept or turn.begun) else ()
-        inner = [part for part in fields if isinstance(part, ModelOutput)]
-        for part in (output, *inner):  # BLIP-2's has its language model's output inside
-            cache = getattr(part, "past_key_values", None) or kwargs.get("past_key_values")
-            if kept and cache is not None:
-                _adopt(cache, kept)
-            if turn.begun and cache is not None:
-                cache.tokred_request = turn.request
+        if kept or turn.begun:
+            for cache in [*_caches(output)] or _caches(kwargs.get("past_key_values")):
+                if kept:
+                    _adopt(cache, kept)
+                if turn.begun:
+                    cache.tokred_request = turn.request  # type: ignore[attr-defined]
         return output
 
     result.forward = forward
-    if vision and hasattr(model, ENCODE):
+    if vision and hasattr(model, ENCODE) and not model.config.is_encoder_decoder:
         setattr(result, ENCODE, _encode_in_prefill(getattr(model, ENCODE)))
     return result
 
@@ -175,6 +178,15 @@ def _may_capture(forward: Any) -> bool:
     return False
 
 
+def _caches(output: Any) -> Iterator[Cache]:
+    """The caches in what a forward returned, BLIP-2's inside the output of its language model."""
+    if isinstance(output, Cache):
+        yield output
+    elif isinstance(output, (tuple, ModelOutput)):
+        for part in output.values() if isinstance(output, ModelOutput) else output:
+            yield from _caches(part)
+
+
 def _adopt(cache: Any, kept: list[Kept]) -> None:
     """Replace the layers of a transformers cache whose keys are among `kept`."""
     rows = {part.cached.data_ptr(): part for part in kept}
@@ -207,9 +219,13 @@ def _columns_of_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     layers = getattr(cache, "layers", ())
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    if not isinstance(mask, Tensor) or not isinstance(layer, PrunedLayer):
+    if not isinstance(mask, Tensor) or not isinstance(layer, PrunedLayer) or not layer.is_initialized:
         return None
-    columns = layer.columns(mask.shape[-1])
+    tokens = max(mask.shape[-1], layer.get_seq_length() + mask.shape[-2])
+    if before := tokens - mask.shape[-1]:  # it was made for layers whose caches hold the last window of tokens alone
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = nn.functional.pad(mask, (before, 0), value=hidden)
+    columns = layer.columns(tokens)
     mask = mask.expand(columns.shape[0], -1, -1, -1)
     shape = (-1, mask.shape[1], mask.shape[2], -1)
     return args, {**kwargs, "attention_mask": mask.gather(-1, columns[:, None, None].expand(shape))}

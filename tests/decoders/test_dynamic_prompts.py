@@ -19,14 +19,16 @@ def _fresh() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "llava"])
-def test_a_new_prompt_length_compiles_once_more_and_then_never(name: str) -> None:
-    model, options = build(name), {} if name in VLMS else {"spans": {"visual": SPAN}}
+@pytest.mark.parametrize(("name", "given"), [("llama", SPAN), ("llama", IMAGE), ("llava", None)])
+def test_a_new_prompt_length_compiles_once_more_and_then_never(name: str, given: Any) -> None:
+    model, options = build(name), {"spans": {} if given is None else {"visual": given}}
     fast = tokred.compile(model, "fastv(layer=2, keep=0.5)", lower="eager", **options)
     for length in (LENGTH, LENGTH + 7, LENGTH + 16):
         ids = torch.randint(3, IMAGE, (2, length), generator=torch.Generator().manual_seed(length))
-        inputs = prompts(2, model=name) | {"input_ids": torch.cat([prompts(2, model=name)["input_ids"], ids], 1)}
-        inputs = {key: value for key, value in inputs.items() if key in ("input_ids", "pixel_values")}
+        inputs = prompts(2, model="llava")
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+        used = ("input_ids", "pixel_values") if name in VLMS else ("input_ids",)
+        inputs = {key: value for key, value in inputs.items() if key in used}
         with torch.no_grad():
             output = fast(**inputs)
     acted = [block for graph in tokred.reports().graphs for block in graph.blocks if block.method]

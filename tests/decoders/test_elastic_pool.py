@@ -13,6 +13,7 @@ import tokred
 from tests.decoders import oracle
 from tests.decoders.models import IMAGE, LENGTH, PATCHES, build, prompts
 from tokred import Place
+from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.sites import make_site
 
@@ -90,6 +91,13 @@ def test_padding_is_no_part_of_a_mean() -> None:
             torch.testing.assert_close(means[window[0]], site.hidden[1, places[seen]].mean(0))
 
 
+@pytest.mark.parametrize(("left", "whole"), [(12, 12), (9, 16)])
+def test_what_is_no_whole_square_is_no_grid(left: int, whole: int) -> None:
+    place = Place(layer=0, depth=12, tokens=31, span=left, whole=whole)
+    with pytest.raises(ArgumentError, match=f"{left} image tokens of {whole} are not one square grid"):
+        parse_recipe("elastic_pool()").methods[0].removed(place)  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tokens"), [("llava", 4), ("llava_qwen3", 9), ("internvl", 9)])
 def test_a_pooled_prefill_is_the_language_model_on_pooled_features(name: str, tokens: int) -> None:
@@ -106,3 +114,13 @@ def test_a_pooled_prefill_is_the_language_model_on_pooled_features(name: str, to
     got = output.logits.gather(1, rows.unsqueeze(-1).expand_as(wanted))
     real = short["attention_mask"].bool()
     assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
+
+
+def test_four_images_are_not_one_grid_though_their_tokens_are_a_square_number() -> None:
+    ids = torch.randint(3, 98, (1, 4 * PATCHES + 5), generator=torch.Generator().manual_seed(0))
+    ids[:, 1 : 1 + 4 * PATCHES] = IMAGE
+    pixels = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        tokred.compile(build("llava"), "elastic_pool(tokens=16)", lower="eager")(input_ids=ids, pixel_values=pixels)
+    (refusal,) = [block.refusal for graph in tokred.reports().graphs for block in graph.blocks if block.method]
+    assert refusal is not None and "4 images in a sample are not one square grid" in refusal.reason

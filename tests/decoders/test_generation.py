@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from torch import Tensor
 
 import tokred
-from tests.decoders.models import IMAGE, LENGTH, build, prompts
+from tests.decoders import oracle
+from tests.decoders.models import GEMMA, IMAGE, LENGTH, SPAN, build, prompts
 from tests.decoders.test_catp import two_images
+from tokred.generation import PrunedLayer
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +53,99 @@ def test_repeated_samples_keep_their_own_images(options: dict[str, int]) -> None
     assert generated(tokred.compile(model, lower="eager"), inputs, 6, **options) == generated(
         model, inputs, 6, **options
     )
+
+
+@pytest.mark.slow
+def test_a_forward_that_returns_a_tuple_prunes_its_caches_as_well() -> None:
+    inputs = prompts(2, model="llava")
+    model = tokred.compile(build("llava"), "fastv(layer=2, keep=0.5)", lower="eager")
+    with torch.no_grad():
+        (cache,) = [part for part in model(**inputs, return_dict=False) if isinstance(part, hf.DynamicCache)]
+    assert [isinstance(layer, PrunedLayer) for layer in cache.layers] == [False, False, True, True, True]
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_that_sees_encodes_ahead() -> None:
+    text = {"vocab_size": 99, "hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    vision = {"hidden_size": 32, "d_ff": 48, "d_kv": 8, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = hf.Pix2StructConfig(
+        text_config=text | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None},
+        vision_config=vision | {"num_attention_heads": 4, "seq_len": 16},
+    )
+    model = hf.Pix2StructForConditionalGeneration(config).eval()
+    patches = torch.randn(2, 9, 770)
+    patches[..., 0], patches[..., 1] = torch.arange(9) // 3 + 1, torch.arange(9) % 3 + 1
+    given: dict[str, Any] = {"flattened_patches": patches, "attention_mask": torch.ones(2, 9)}
+    given |= {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(tokred.compile(model, lower="eager").generate(**given), model.generate(**given))
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_reset_holds_another_prompt() -> None:
+    """Of another batch, and without an image: what the last prompt lost is none of its business."""
+    first, inputs = prompts(3, model="llava"), prompts(2)
+    model = tokred.compile(build("llava"), "fastv(layer=2, keep=0.5)", lower="eager")
+    with torch.no_grad():
+        cache = model(**first).past_key_values
+        cache.reset()
+        got = model(**inputs, past_key_values=cache).logits
+        wanted = build("llava")(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert cache.get_seq_length(2) == LENGTH and cache.layers[2].columns(LENGTH).tolist() == [[*range(LENGTH)]] * 2
+    assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
+
+
+def what_caches_lack(cache: Any, tokens: int) -> oracle.Dropped:
+    """Which tokens are gone from each layer on, read off the caches of a prompt of so many."""
+    left, gone = torch.ones(cache.layers[-1].keys.shape[0], tokens, dtype=torch.bool), {}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, PrunedLayer):
+            gone[number] = left.scatter(1, layer.rows, False)
+            left = left & ~gone[number]
+    return gone
+
+
+@pytest.mark.slow
+def test_generation_goes_on_past_a_sliding_window() -> None:
+    """A window of 28 and a prompt of 26: layers that lost nothing soon hold the last 27 keys alone."""
+
+    def model() -> Any:
+        torch.manual_seed(7)
+        kinds = ["sliding_attention"] * 3 + ["full_attention"]
+        sizes = GEMMA | {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 28}
+        made = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes)).double().eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(6)
+        made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, None
+        return made
+
+    inputs, steps, how = prompts(), 4, {"do_sample": False, "return_dict_in_generate": True}
+    fast = tokred.compile(model(), "fastv(layer=2, keep=0.5)", lower="eager", spans={"visual": SPAN})
+    found = fast.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=steps, **how)
+    gone = what_caches_lack(found.past_key_values, LENGTH)
+    assert [int(rows[0].sum()) for rows in gone.values()] == [6, 0]
+    plain = model()
+    plain.set_attn_implementation("oracle")
+    assert found.sequences[:, LENGTH:].tolist() == oracle.generate(plain, inputs, gone, steps).tolist()
+
+
+@pytest.mark.slow
+def test_beams_behind_a_pruned_prefill_are_those_behind_masked_keys() -> None:
+    inputs, plain = prompts(), build("llama")
+    plain.set_attn_implementation("oracle")
+    places = torch.arange(LENGTH).expand_as(inputs["input_ids"])
+    gone = oracle.fastv(2, 0.5)(plain, inputs, (places >= SPAN[0]) & (places < SPAN[1]))
+    given: dict[str, Any] = {"attention_mask": inputs["attention_mask"], "num_beams": 3, "max_new_tokens": 8}
+
+    def generated(model: Any) -> Tensor:
+        ids: Tensor = model.generate(inputs["input_ids"], do_sample=False, **given)
+        return ids
+
+    with oracle.masked({layer: rows.repeat_interleave(3, 0) for layer, rows in gone.items()}):
+        wanted = generated(plain)
+    model = tokred.compile(build("llama"), "fastv(layer=2, keep=0.5)", lower="eager", spans={"visual": SPAN})
+    assert torch.equal(generated(model), wanted)
+    assert not torch.equal(generated(plain), wanted), "what is dropped makes no difference"

@@ -149,6 +149,7 @@ def test_routers_are_read_from_a_file(tmp_path: Path) -> None:
         ({"layers.1.mlp.weight": torch.ones(4)}, "no router in it"),
         ({"layers.1.router.bias": torch.ones(1)}, "no router in it"),
         ({"layers.1.router.weight": torch.ones(2, 4)}, r"layers.1.router.weight of shape \[2, 4\]"),
+        ({"layers.1.router.weight": torch.ones(1, 1, 4)}, r"layers.1.router.weight of shape \[1, 1, 4\]"),
         ({"layers.1.router.weight": torch.ones(4), "layers.1.router.bias": torch.ones(2)}, "2 numbers, not one"),
         ({"layers.1.a_router.weight": torch.ones(4), "layers.1.router.weight": torch.ones(4)}, "only weight"),
         ("nowhere.safetensors", "nowhere.safetensors"),
@@ -159,10 +160,11 @@ def test_what_holds_no_routers_is_an_error(given: Any, message: str) -> None:
         MixtureOfDepths(routers=given)
 
 
+@pytest.mark.parametrize("value", [1.5, -0.1, True, "0.5"])
 @pytest.mark.parametrize("argument", ["keep", "floor", "ceiling", "gain"])
-def test_arguments_out_of_range_are_errors(argument: str) -> None:
+def test_arguments_out_of_range_are_errors(argument: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"{argument}="):
-        MixtureOfDepths(routers=routers(), **{argument: 1.5})
+        MixtureOfDepths(routers=routers(), **{argument: value})
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,19 @@ def test_masks_that_are_given_do_not_recompile_with_each_token() -> None:
     assert sum(bool(b.method and not b.refusal) for graph in graphs for b in graph.blocks) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fastv(layer=1, keep=0.5)", "corematching(layer=1, keep=0.5)"])
+def test_a_padded_sample_loses_alone_what_it_loses_in_its_batch(recipe: str) -> None:
+    batch = {key: torch.stack([row.roll(-3 * n) for n, row in enumerate(x)]) for key, x in marked().items()}
+    found = []
+    for inputs in (batch, {key: x[2:] for key, x in batch.items()}):  # six tokens of padding, now behind
+        torch.compiler.reset()
+        with torch.no_grad():
+            model = tokred.compile(small(), recipe, lower="eager", strict=True, spans={"visual": IMAGE})
+            found.append([layer.rows[-1].tolist() for layer in model(**inputs).past_key_values.layers[1:]])
+    assert found[0] == found[1]
+
+
 def test_samples_with_other_numbers_of_image_tokens_are_refused() -> None:
     inputs = marked()
     inputs["input_ids"][1, -1] = IMAGE

@@ -167,6 +167,14 @@ OTHERS = [
     "cats(phase='prefill')",
     "random_neurons(seed=0.5)",
     "random_neurons(phase=None)",
+    "elastic_pool(tokens=0)",
+    "elastic_pool(tokens=8)",
+    "elastic_pool(tokens=4, keep=0.5)",
+    "visionzip(contextual=1.5)",
+    "visionzip(contextual='all')",
+    "corematching(core=0)",
+    "corematching(core=True)",
+    "corematching(layer=0)",
 ]
 OTHERS += [
     f"{name}(sparsity={value})" for name in ("cats", "teal", "random_neurons") for value in (1, -0.1, True, "'x'")

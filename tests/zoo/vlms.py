@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,24 +109,11 @@ def _gemma3_inputs(batch: int) -> Inputs:
     }
 
 
-def _idefics3() -> Any:
-    config = hf.Idefics3Config(
-        vision_config=hf.Idefics3VisionConfig(**VISION),
-        text_config=hf.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        scale_factor=2,
-    )
-    return hf.Idefics3ForConditionalGeneration(config)
-
-
-def _smolvlm() -> Any:
-    config = hf.SmolVLMConfig(
-        vision_config=hf.SmolVLMVisionConfig(**VISION),
-        text_config=hf.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        scale_factor=2,
-    )
-    return hf.SmolVLMForConditionalGeneration(config)
+def _idefics(name: str) -> Any:
+    """Idefics3, and SmolVLM, which is the same under its own name."""
+    vision, text = getattr(hf, f"{name}VisionConfig")(**VISION), hf.LlamaConfig(**TEXT)
+    config = getattr(hf, f"{name}Config")(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2)
+    return getattr(hf, f"{name}ForConditionalGeneration")(config)
 
 
 def _blip2() -> Any:
@@ -195,14 +183,14 @@ ARCHITECTURES = (
     ),
     _vlm(
         "idefics3",
-        _idefics3,
+        partial(_idefics, "Idefics3"),
         _one_image(4, images=1),
         (16,),
         why="empty images are left out of the batch: how many image tokens there are is data",
     ),
     _vlm(
         "smolvlm",
-        _smolvlm,
+        partial(_idefics, "SmolVLM"),
         _one_image(4, images=1),
         (16,),
         visual=(2, 6),

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from tokred.compiler.attention import Attention
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.extras import Extra
+from tokred.compiler.graphs import nearest
 from tokred.compiler.relations import same
 from tokred.compiler.residual import CONTRACTIONS, residual_of
 
@@ -80,8 +81,11 @@ def find_caches(gm: fx.GraphModule, attentions: list[Attention]) -> Caches:
                 break
     projections = {node: block for block in attentions for node in _projections(block)}
     for result in results:
+        # A hidden state comes from what writes to the stream, an attention's weights from q k^T, a cache from what
+        # projects to keys and values: this tells them apart whatever a cache looks like.
         if result not in caches.whole and tensor_meta(result) is not None:
-            caches.other |= {node: projections[node] for node in _made_of(result) if node in projections}
+            made_of = nearest(result, CONTRACTIONS)
+            caches.other |= {node: projections[node] for node in made_of if node in projections}
     return caches
 
 
@@ -106,26 +110,6 @@ def _projections(block: Attention) -> set[fx.Node]:
                 seen.add(source)
                 queue.append(source)
     return found if of_stream else set()
-
-
-def _made_of(result: fx.Node) -> set[fx.Node]:
-    """The products, linear layers and attentions that a value comes from without another one in between.
-
-    A hidden state comes from those that write to the stream, an attention's weights from q k^T, a cache from the
-    projections of keys and values: this tells them apart whatever a cache looks like.
-    """
-    found: set[fx.Node] = set()
-    queue, seen = [result], {result}
-    while queue:
-        node = queue.pop()
-        if node.target in CONTRACTIONS:
-            found.add(node)
-            continue
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return found
 
 
 def _copied(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from tokred.compiler.blocks import Attention
 from tokred.compiler.capture import is_parameter, tensor_meta
+from tokred.compiler.graphs import ancestors
 from tokred.compiler.residual import CONTRACTIONS
 
 __all__ = ["hides_earlier_keys", "is_causal"]
@@ -46,7 +47,7 @@ def _facts(mask: fx.Node) -> tuple[bool, bool]:
 
 
 def _inspect(mask: fx.Node) -> tuple[bool, bool]:
-    nodes = _ancestors(mask)
+    nodes = ancestors([mask])
     if mask.op == "placeholder":
         return not is_parameter(mask), False
     if any(node.target in CONTRACTIONS for node in nodes):
@@ -85,16 +86,6 @@ def _seen(value: torch.Tensor) -> torch.Tensor:
 
 def _counts(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
-
-
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    seen, queue = {node}, [node]
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return sorted(seen)
 
 
 def _run(mask: fx.Node, nodes: list[fx.Node], floats: int, given: dict[fx.Node, int] | None = None) -> torch.Tensor:

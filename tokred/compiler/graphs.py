@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import networkx as nx
@@ -10,7 +11,7 @@ from torch import fx
 
 from tokred.compiler.relations import Op
 
-__all__ = ["CONVOLUTIONS", "PRODUCTS", "between", "projects", "reaches", "times"]
+__all__ = ["CONVOLUTIONS", "PRODUCTS", "ancestors", "between", "nearest", "projects", "reaches", "times"]
 
 aten = torch.ops.aten
 
@@ -40,6 +41,34 @@ def reaches(early: fx.Node, late: fx.Node) -> bool:
                 seen.add(source)
                 queue.append(source)
     return False
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """These nodes and all that they are computed from, in order."""
+    found = set(nodes)
+    queue = list(found)
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                queue.append(source)
+    return sorted(found)
+
+
+def nearest(value: fx.Node, kinds: Container[Any]) -> set[fx.Node]:
+    """The ops of these kinds that a value is computed from without another one of them in between; itself, if it is."""
+    found: set[fx.Node] = set()
+    queue, seen = [value], {value}
+    while queue:
+        node = queue.pop()
+        if node.target in kinds:
+            found.add(node)
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return found
 
 
 def between(start: fx.Node, end: fx.Node) -> Any:

@@ -101,15 +101,22 @@ def _said_once(dense: Callable[..., Any], model: str) -> Callable[..., Any]:
 
 
 def transform(
-    gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer, *, trace: bool = False
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    observe: Observer,
+    *,
+    trace: bool = False,
+    captured: fx.GraphModule | None = None,
 ) -> Compiled:
     """The stages up to lowering. What tokred cannot do is never the user's problem: the graph is returned unchanged.
 
     With `trace` the graph also returns, behind its own results, where each site put its tokens (see reduce_tokens).
+    `captured` is what was observed at the stage of that name when this very graph was transformed before.
     """
     report = GraphReport(model=model_name(gm))
     try:
-        return _transform(gm, example_inputs, options, observe, report, trace)
+        return _transform(gm, example_inputs, options, observe, report, trace, captured)
     except (CaptureFailed, TokredError) as error:
         if isinstance(error, TokredError):
             raise
@@ -124,7 +131,13 @@ def transform(
 
 
 def _transform(
-    gm: fx.GraphModule, example_inputs: list[Any], options: Options, observe: Observer, report: GraphReport, trace: bool
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    observe: Observer,
+    report: GraphReport,
+    trace: bool,
+    captured: fx.GraphModule | None,
 ) -> Compiled:
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.fold_experts import fold_experts
@@ -133,7 +146,8 @@ def _transform(
     from tokred.passes.rewrite_attention import rewrite_attention
 
     observe("dynamo", gm)
-    captured = fold_experts(expand_encoder_layer(capture(gm, example_inputs)))
+    if captured is None:
+        captured = fold_experts(expand_encoder_layer(capture(gm, example_inputs)))
     observe("captured", captured)
     axes = Axes(captured.graph)
     original = find_blocks(captured, axes)  # what the report lists: the model as the user wrote it

@@ -140,7 +140,7 @@ class Spans:
         nodes = {node.meta["input_name"]: node for node in self.inputs if _is_named(node)}
         where = f"option spans: {name}, {found}"
 
-        def call(inputs: dict[str, Tensor]) -> Tensor:
+        def call(inputs: dict[str, Tensor], size: tuple[Any, Any] = size) -> Tensor:
             try:
                 mask = function(_Inputs(inputs))
             except OptionError as error:
@@ -154,7 +154,7 @@ class Spans:
 
         count = None
         if name == "visual":
-            now = call({key: self.inputs[node] for key, node in nodes.items()})
+            now = call({key: self.inputs[node] for key, node in nodes.items()}, (_now(size[0]), _now(size[1])))
             counts = now.reshape(-1, now.shape[-1]).sum(-1).tolist()
             if not any(counts):
                 return None

@@ -18,7 +18,7 @@ from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.relations import Op, Window, flow_of
 from tokred.compiler.staging import Batch, Layout, Obstacle, Probe, Rows, Stage, advance, rows_of
 
-__all__ = ["Special", "Suffix", "follow", "special_rows"]
+__all__ = ["Special", "Suffix", "follow", "only_parameters", "special_rows"]
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def special_rows(node: fx.Node, token_dim: int, axes: Axes) -> Special:
 
 def _concatenated(op: Op, along: int, axes: Axes) -> Special | None:
     parts = [part for _, _, part in op.tensors() if axes.knows(part) and len(axes.of(part)) == len(op.out_shape())]
-    fixed = [_only_parameters(part) or _special_piece(part, along, axes) for part in parts]
+    fixed = [only_parameters(part) or _special_piece(part, along, axes) for part in parts]
     sizes = [part.meta["val"].shape[along] for part in parts]
     if not any(fixed) or all(fixed):
         return None
@@ -136,7 +136,7 @@ def _grid(tokens: Dim) -> tuple[int, int] | None:
     return (sizes[0], sizes[1]) if len(sizes) == 2 and all(isinstance(size, int) for size in sizes) else None
 
 
-def _only_parameters(node: fx.Node) -> bool:
+def only_parameters(node: fx.Node) -> bool:
     """Whether a value is computed from parameters and constants alone."""
     queue, seen = [node], {node}
     while queue:

@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 from tokred.compiler.blocks import Attention, Blocks
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.extras import extra_input
+from tokred.compiler.graphs import nearest
 from tokred.compiler.memory import Memory
 from tokred.compiler.options import Options
 from tokred.compiler.record import record
@@ -114,19 +115,10 @@ def _find(
 
 def _pixels(tower: Tower) -> tuple[fx.Node, int, int]:
     """What the encoder's first convolution reads, [I 3 H W], the side of its patches, and how many there are."""
-    queue, seen, convolutions = [tower.stream], {tower.stream}, []
-    while queue:
-        node = queue.pop()
-        if node.target in CONVOLUTIONS:
-            convolutions.append(node)
-            continue
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
+    convolutions = nearest(tower.stream, CONVOLUTIONS)
     patches = tower.stream.meta["val"].shape[1] - tower.first
     if len(convolutions) == 1:
-        op = Op(convolutions[0])
+        op = Op(convolutions.pop())
         images, kernel = tensor_meta(op["input"]), tensor_meta(op["weight"])
         assert images is not None and kernel is not None
         side, size = kernel.shape[-1], list(images.shape[1:])

@@ -97,11 +97,8 @@ class Labels:
     def _per_image(self, block: Attention) -> int | None:
         """How many visual tokens the vision encoder made of each image, where that shows."""
         span = self.spans.of(block, "visual")
-        tower = None if span is None else self.tensors.tower(span)
-        if span is None or tower is None or span.count is None:
-            return None
-        each: Any = tower.stream.meta["val"].shape[1] - tower.first
-        return each if isinstance(each, int) and span.count % each == 0 else None
+        images = None if span is None else self.tensors.images(span)
+        return None if span is None or images is None else span.count // images  # type: ignore[operator]
 
     def _root(self, block: Attention, name: str) -> fx.Node:
         key = (block.axis, block.form, name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from tokred.compiler.capture import tensor_meta
+from tokred.compiler.graphs import ancestors
 from tokred.compiler.record import record
 from tokred.compiler.relations import Op, same
 from tokred.compiler.work import flops
@@ -91,7 +92,7 @@ class Claims:
         """A graph with the inputs of `gm` that returns which rows are real, as a boolean [B N] on `device`."""
         graph = fx.Graph()
         env = {node: graph.node_copy(node) for node in gm.graph.find_nodes(op="placeholder")}
-        for node in _ancestors([node for nodes, _ in self._made.values() for node in nodes]):
+        for node in ancestors([node for nodes, _ in self._made.values() for node in nodes]):
             if flops(node):
                 raise PaddingIsRead("mask-is-computed", "what hides the padding is computed by layers itself", node)
             if node not in env:
@@ -115,17 +116,6 @@ class Claims:
     def _shows(self, node: fx.Node) -> bool:
         meta = tensor_meta(node)
         return meta is not None and all(any(same(s, n) for s in meta.shape) for n in (self.batch, self.tokens))
-
-
-def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
-    """These nodes and all that they are computed from, in order."""
-    found, queue = set(nodes), list(nodes)
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                queue.append(source)
-    return sorted(found)
 
 
 def _conjuncts(mask: fx.Node) -> list[fx.Node]:

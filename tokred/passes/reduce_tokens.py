@@ -238,7 +238,7 @@ class _Run:
         around = exits if end is None else frozenset([end])
         suffix = follow(node, block.batch_dim, block.token_dim, consumers=users, exits=around)
         span = self.spans[block]
-        place = place_of(block, node, value, suffix, span, self.axes)
+        place = place_of(block, node, value, suffix, span, self.tensors)
         companion = self.options.companion
         refusal = unfit(block, method, place, span, self.tensors, self.caches, companion=companion)
         compact = self.options.positions == "compact" and is_causal(block)

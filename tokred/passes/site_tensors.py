@@ -16,6 +16,7 @@ from tokred.compiler.relations import Op, same
 from tokred.compiler.residual import residual_of
 from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Rows, Stage
+from tokred.compiler.suffix import only_parameters
 from tokred.compiler.towers import Tower as Encoder
 from tokred.compiler.towers import find_tower
 from tokred.passes.labels import Labels
@@ -89,6 +90,13 @@ class SiteTensors:
         seen = [tower.stream, *(node for block in self._encoder(tower, method) for node in (block.query, block.key))]
         return None if any(self.lift.env[node].staged for node in seen) else tower
 
+    def images(self, span: Span) -> int | None:
+        """How many images of each sample the encoder made the span of, as many tokens of each, where that shows."""
+        tower = self.tower(span)
+        each: Any = None if tower is None else shape_of(tower.stream)[1] - tower.first
+        fits = isinstance(each, int) and span.count is not None and span.count % each == 0
+        return span.count // each if fits else None
+
     def _encoder(self, tower: Encoder, method: Reduction | None) -> list[Attention]:
         """The attentions of a vision encoder that the method looks at, the last one first."""
         last = tower.attention
@@ -145,8 +153,8 @@ class SiteTensors:
             self.run_ahead(block.mask)
         node: fx.Node = (used.get("attn_mask") or self.lift.env[block.mask]).node
         mask = self._heads(node, self._order(block, block.mask), None)
-        meta, tensors = mask.meta["val"], {"mask": self._rank4(mask)}
-        if meta.dim() == 4 and not (isinstance(meta.shape[0], int) and meta.shape[0] == 1):
+        tensors = {"mask": self._rank4(mask)}
+        if mask.meta["val"].dim() == 4 and _is_of_samples(block, shape_of(mask)[0]):
             tensors["valid"] = self.lift.emit(visible, mask)
         return tensors
 
@@ -305,6 +313,13 @@ def rows_at(value: Any, token_dim: int) -> Rows | None:
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """The shape of a captured tensor."""
     return tuple(node.meta["val"].shape)
+
+
+def _is_of_samples(block: Attention, rows: Any) -> bool:
+    """Whether a mask with so many rows is made for these samples, and hides what is padding in each; be it only one."""
+    if block.join is None or block.mask is None or not (isinstance(rows, int) and rows == 1):
+        return True
+    return same(shape_of(block.join)[block.batch_dim], 1) and not only_parameters(block.mask)
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:

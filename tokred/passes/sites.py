@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import fx
 
-from tokred.compiler.axes import Axes
 from tokred.compiler.blocks import Attention
 from tokred.compiler.caches import Caches
 from tokred.compiler.causal import is_causal
@@ -30,9 +29,11 @@ def node_to_cut(block: Attention, scope: str) -> fx.Node | None:
     return block.entry if scope == "round_trip" else block.stream
 
 
-def place_of(block: Attention, node: fx.Node, value: Any, suffix: Suffix, span: Span | None, axes: Axes) -> Place:
+def place_of(
+    block: Attention, node: fx.Node, value: Any, suffix: Suffix, span: Span | None, tensors: SiteTensors
+) -> Place:
     """The numbers of a site: `value` is what `node` has become, `suffix` what follows from a cut there."""
-    special = special_rows(node, block.token_dim, axes)
+    special = special_rows(node, block.token_dim, tensors.axes)
     head, tail, grid = special.head, special.tail, special.grid
     rows = rows_at(value, block.token_dim)
     length = value.shape[block.token_dim]
@@ -53,8 +54,9 @@ def place_of(block: Attention, node: fx.Node, value: Any, suffix: Suffix, span: 
         grid = None
     if count is not None:
         grid, head, tail = None, 0, 0
+    images = None if span is None else tensors.images(span)
     numbers = {"tokens": length, "head": head, "tail": tail, "span": count, "whole": whole, "grid": grid}
-    return Place(layer=block.layer, depth=block.depth, **numbers)
+    return Place(layer=block.layer, depth=block.depth, images=images, **numbers)
 
 
 def unfit(

@@ -34,6 +34,7 @@ class Place:
             at other places in each sample. None where they do
     whole   the number of unprotected tokens before anything was removed from this axis
     grid    rows and columns of the patches between head and tail, where they still form a grid
+    images  how many images of a sample the visual span was made of, where the vision encoder shows it
     """
 
     layer: int
@@ -44,6 +45,7 @@ class Place:
     span: Any = None
     whole: Any = None
     grid: tuple[int, int] | None = None
+    images: int | None = None
 
     @property
     def free(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,31 +155,48 @@ class Run:
 
 def compiled(model: nn.Module, method: Method) -> tuple[Callable[..., Any], Run]:
     """The model with the method in it, run by eager PyTorch, without the exact passes. Forgets what Dynamo compiled."""
+    ((function, run),) = compiled_each(model, method)
+    return function, run
+
+
+def compiled_each(model: nn.Module, *methods: Method) -> list[tuple[Callable[..., Any], Run]]:
+    """The same for several methods, each by itself: Dynamo and the capture, which know none of them, run once."""
     torch.compiler.reset()
-    run = Run()
-    options = parse_options({"recipe": method, "exact": False, "lower": "eager"})
+    options = [parse_options({"recipe": method, "exact": False, "lower": "eager"}) for method in methods]
+    runs, way = [Run() for _ in methods], 0
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        done = transform(gm, inputs, options, lambda stage, graph: None)
-        run.graphs.append(done)
-        graph = done.graph if done.changed else gm
-        return with_extras(graph, graph, done.extras, done.own)
+        stages: dict[str, fx.GraphModule] = {}
+        functions = []
 
-    return torch.compile(model, backend=backend), run
+        def observe(stage: str, graph: fx.GraphModule) -> None:
+            stages.setdefault(stage, graph)
+
+        for own, run in zip(options, runs, strict=True):
+            done = transform(gm, inputs, own, observe, captured=stages.get("captured"))
+            run.graphs.append(done)
+            graph = done.graph if done.changed else gm
+            functions.append(with_extras(graph, graph, done.extras, done.own))
+        return lambda *args: functions[way](*args)
+
+    function = torch.compile(model, backend=backend)
+
+    def under(number: int, *args: Any) -> Any:
+        nonlocal way
+        way = number
+        return function(*args)
+
+    return [(partial(under, number), run) for number, run in enumerate(runs)]
 
 
 def check_model(method: Method, idle: Method, model: nn.Module, inputs: tuple[Any, ...]) -> Run:
     """Nothing removed: bitwise the model. Otherwise right shapes and counts, twice the same, finite gradients."""
     where = f"{method} in {type(model).__name__}"
-    with torch.no_grad():
-        expected = model(*inputs)
-        function, run = compiled(model, idle)
-        for plain, got in zip(_leaves(expected), _leaves(function(*inputs)), strict=True):
-            assert torch.equal(plain, got), (
-                f"{where}: with nothing removed ({idle}) the output is not bitwise the model's"
-            )
-        assert not run.layers, f"{where}: {idle} must remove nothing, but acts at layers {run.layers}"
-    function, run = compiled(model, method)
+    (idling, nothing), (function, run) = compiled_each(model, idle, method)
+    expected = model(*inputs)
+    for plain, got in zip(_leaves(expected), _leaves(idling(*inputs)), strict=True):
+        assert torch.equal(plain, got), f"{where}: with nothing removed ({idle}) the output is not bitwise the model's"
+    assert not nothing.layers, f"{where}: {idle} must remove nothing, but acts at layers {nothing.layers}"
     outputs = _leaves(function(*inputs))
     for plain, got in zip(_leaves(expected), outputs, strict=True):
         _same_form(where, plain, got)

@@ -56,6 +56,8 @@ class ElasticPool(Reduction):
 
     def grids(self, place: Place) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of the patches, and of the tokens. Raises ArgumentError where the patches form no square."""
+        if place.images is not None and place.images > 1:  # whose tokens together may be a square number
+            raise ArgumentError(f"{self.name}: {place.images} images in a sample are not one square grid")
         side = isqrt(place.free)
         if side * side != place.free or place.free != place.whole:
             raise ArgumentError(f"{self.name}: {place.free} image tokens of {place.whole} are not one square grid")
