@@ -4,11 +4,11 @@
 
     eager       the unmodified model: a Llama, a prompt of 640 tokens of which 576 stand for an image, the last logits
     inductor    torch.compile(model, backend="inductor")
-    ideal       the model's own layers, written out, with the recipe's token counts, a slice for a cut; "inductor"
+    ideal       the model's own layers, written out, with the recipe's token counts, a slice for a cut, and one row in
+                the last layer; "inductor"
     exact       backend="tokred", no recipe: the exact passes alone
-    free        tokred.compile, the recipe with the first rows instead of the best, exact=False
-    method      tokred.compile, the recipe, exact=False
-    default     tokred.compile, the recipe, the defaults
+    free        tokred.compile, the recipe with the first rows instead of the best
+    method      tokred.compile, the recipe, the defaults
 
 The selection costs what `method` takes beyond `free`. Without --recipe only eager, inductor and exact run. --whole
 takes the last of all logits instead of asking the model for one row of them. All variants make and return caches.
@@ -35,7 +35,7 @@ from tokred.registry.maps import Keep
 from tokred.registry.recipe import parse_recipe
 
 VISUAL, LENGTH, WORDS = (35, 611), 640, 1000  # LLaVA's prompt: a system prompt, 24 x 24 patches, a question
-VARIANTS = ("eager", "inductor", "ideal", "exact", "free", "method", "default")
+VARIANTS = ("eager", "inductor", "ideal", "exact", "free", "method")
 REFERENCE = {"inductor": "eager", "exact": "eager", "free": "ideal"}  # who must give the same numbers
 Cuts = dict[int, int]  # layer -> how many tokens enter it
 
@@ -75,7 +75,10 @@ class Last(nn.Module):
 
 
 class Ideal(nn.Module):
-    """The model's own layers on fewer tokens: in front of a layer of `cuts` the last visual rows are sliced away."""
+    """The model's own layers on fewer tokens: in front of a layer of `cuts` the last visual rows are sliced away.
+
+    As only the last logits are read, the last layer has one query, and one row in its MLP.
+    """
 
     def __init__(self, model: Any, cuts: Cuts, text: int):
         super().__init__()
@@ -92,9 +95,28 @@ class Ideal(nn.Module):
             if number in self.cuts:
                 front = self.cuts[number] - self.text
                 hidden, *rotary = (torch.cat([x[:, :front], x[:, -self.text :]], 1) for x in (hidden, *rotary))
-            hidden = layer(hidden, attention_mask=None, position_embeddings=tuple(rotary), past_key_values=cache)
-        logits = self.model.lm_head(inner.norm(hidden[:, -1:]))[:, -1]
+            if number + 1 < len(inner.layers):
+                hidden = layer(hidden, attention_mask=None, position_embeddings=tuple(rotary), past_key_values=cache)
+        logits = self.model.lm_head(inner.norm(self.last(hidden, rotary, cache)))[:, -1]
         return logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def last(self, hidden: Tensor, rotary: list[Tensor], cache: Any) -> Tensor:
+        """[B N C] -> [B 1 C], the last row behind the last layer."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B N C] -> [B H N D]
+
+        layer = self.model.model.layers[-1]
+        attention, rows = layer.self_attn, layer.input_layernorm(hidden)
+        query, key, value = attention.q_proj(rows[:, -1:]), attention.k_proj(rows), attention.v_proj(rows)
+        key, _ = apply_rotary_pos_emb(heads(key), heads(key), *rotary)
+        query, _ = apply_rotary_pos_emb(heads(query), heads(query), *(table[:, -1:] for table in rotary))
+        key, value = cache.update(key, heads(value), attention.layer_idx)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        one = hidden[:, -1:] + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = one + layer.mlp(layer.post_attention_layernorm(one))
+        return result
 
 
 def free(recipe: str) -> list[Any]:
@@ -122,7 +144,7 @@ def cuts_of(model: Any, ids: Tensor, recipe: str, visual: tuple[int, int]) -> Cu
     torch._dynamo.reset()
     tokred.reset()
     with torch.no_grad():
-        compiled(model, False, recipe, visual, lower="eager", exact=False)(ids)
+        compiled(model, False, recipe, visual, lower="eager")(ids)
     blocks = [block for graph in tokred.reports().graphs for block in graph.blocks if block.method]
     refused = [block.refusal.reason for block in blocks if block.refusal]
     if refused or not blocks:
@@ -148,9 +170,8 @@ def variants(
         make = partial(compiled, model, whole)
         made |= {
             "ideal": lambda: torch.compile(ideal, backend="inductor", dynamic=False, fullgraph=True),
-            "free": lambda: make(free(recipe), visual, exact=False),
-            "method": lambda: make(recipe, visual, exact=False),
-            "default": lambda: make(recipe, visual),
+            "free": lambda: make(free(recipe), visual),
+            "method": lambda: make(recipe, visual),
         }
     return {name: made[name] for name in VARIANTS if name in made}
 
@@ -167,7 +188,7 @@ def validate(model: Any, made: dict[str, Callable[[], Forward]], ids: Tensor, op
     if options.recipe is not None:
         text = options.length - visual[1]
         cuts = cuts_of(model, ids, options.recipe, visual)
-        picked = compiled(model, whole, free(options.recipe), visual, lower="eager", exact=False)
+        picked = compiled(model, whole, free(options.recipe), visual, lower="eager")
         pairs |= {
             "ideal without cuts == model": (Ideal(model, {}, text)(ids)[0], eager(ids)),
             "ideal == free": (Ideal(model, cuts, text)(ids)[0], logits(picked)(ids)),

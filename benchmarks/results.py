@@ -53,9 +53,9 @@ hand-written model with the same token counts whose reduction is a slice; `handw
 under `backend="inductor"`. `exact` is `backend="tokred"` without a recipe, `tome` is `tome(r)` with `exact=False`,
 `default` is `tome(r)` with the default options.
 
-Of decoders (`benchmarks/decoder.py`): `ideal` is the model's own layers with the recipe's token counts and a slice for
-a cut, `free` the recipe without its choice (the first rows stay), `method` the recipe with `exact=False`, `default`
-the recipe with the default options. What choosing costs is what `method` takes beyond `free`.
+Of decoders (`benchmarks/decoder.py`): `ideal` is the model's own layers with the recipe's token counts, a slice for a
+cut and one row in the last layer, `free` the recipe without its choice (the first rows stay), `method` the recipe. What
+choosing costs is what `method` takes beyond `free`.
 """
 
 

@@ -31,12 +31,12 @@ def _fresh_dynamo() -> Iterator[None]:
 class Narrowed:
     """A backend that runs one graph as the exact passes leave it, or as one function does, and keeps it."""
 
-    def __init__(self, run: Callable[[fx.GraphModule, list[str]], fx.GraphModule] | None = None):
-        self.run, self.graph, self.lines = run, fx.Graph(), list[str]()
+    def __init__(self, run: Callable[[fx.GraphModule, list[str]], fx.GraphModule] | None = None, **options: Any):
+        self.run, self.graph, self.lines, self.options = run, fx.Graph(), list[str](), options
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         if self.run is None:
-            module = transform(gm, inputs, parse_options({}, None), lambda stage, graph: None).graph
+            module = transform(gm, inputs, parse_options(self.options, None), lambda stage, graph: None).graph
         else:
             module = self.run(capture(gm, inputs), self.lines)
         self.graph = module.graph
@@ -82,6 +82,33 @@ def test_the_last_logits_need_one_row_of_the_last_layer_and_all_of_every_cache(
     last = next(node for node in reversed(narrowed.graph.nodes) if node.target is SDPA)
     after = [node for node in narrowed.graph.nodes if node.target in PRODUCTS and last < node]
     assert after and all(node.meta["val"].numel() // node.meta["val"].shape[-1] == 3 for node in after)
+
+
+@pytest.mark.slow
+def test_behind_cuts_scores_read_one_query_and_a_last_layer_that_was_cut_computes_one_row() -> None:
+    model, layers, spans = build("llama"), [2, 4], {"visual": (9, 21)}
+    caller, ids = Last(model, sliced=False), prompts()["input_ids"]
+    recipe = f"pyramiddrop(keep=0.5, layers={layers})"
+    narrowed, plain = (Narrowed(recipe=recipe, spans=spans, outputs="reduced", exact=exact) for exact in (True, False))
+    with torch.no_grad():
+        logits, cache = torch.compile(caller, backend=narrowed, fullgraph=True)(input_ids=ids)
+        torch._dynamo.reset()
+        expected, whole = torch.compile(caller, backend=plain, fullgraph=True)(input_ids=ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    for layer, other in zip(cache.layers, whole.layers, strict=True):
+        torch.testing.assert_close((layer.keys, layer.values), (other.keys, other.values), rtol=1e-10, atol=1e-10)
+    cut, twice = LENGTH - 6, LENGTH - 9
+    assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH, LENGTH, cut, cut, twice]
+    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH, LENGTH, cut, cut, 1]
+
+    def queries(backend: Narrowed) -> list[int]:
+        """The rows of each product with a query's weight, in order."""
+        products = [node for node in backend.graph.nodes if node.target in PRODUCTS]
+        named = [node for node in products if "q_proj" in str(node.meta["nn_module_stack"])]
+        return [node.meta["val"].shape[1] for node in named]
+
+    assert queries(plain) == [LENGTH, LENGTH, LENGTH, cut, cut, cut, twice]
+    assert queries(narrowed) == [LENGTH, LENGTH, 1, cut, cut, 1, 1]
 
 
 def test_whole_logits_need_all_rows() -> None:

@@ -139,6 +139,7 @@ def _transform(
     trace: bool,
     captured: fx.GraphModule | None,
 ) -> Compiled:
+    from tokred.passes.drop_dead_tokens import drop_dead_tokens
     from tokred.passes.expand_encoder_layer import expand_encoder_layer
     from tokred.passes.fold_experts import fold_experts
     from tokred.passes.reduce_tokens import reduce_tokens
@@ -182,6 +183,10 @@ def _transform(
     light = lighten(rewritten.graph, graph, original, blocks, axes, example_inputs, options, report, gate, observe)
     exact, graph = graph, _plugins("reduce", options, light.graph, report, observe)
     graph = _plugins("cleanup", options, graph, report, observe)
+    if options.exact and reduced.applied:  # a score reads few rows; a last layer that was cut may be narrowed now
+        whole, graph = graph, _timed("drop_dead_tokens", True, drop_dead_tokens, graph, report)
+        if graph is not whole:
+            observe("drop_dead_tokens", graph)
     if options.exact:
         unskipped, graph = graph, _timed("relu_exact", True, partial(relu_exact, inputs=example_inputs), graph, report)
         if graph is not unskipped:

@@ -1,7 +1,8 @@
 """Greedy diversity: k of N rows, chosen one after the other so that they resemble each other little. One operator.
 
 Written as ATen it would be k dependent steps of a graph, several launches each. Here it is one node: on CUDA one Triton
-program a sample (greedy_triton.py), elsewhere the loop of this file. `reference` says plainly what both compute.
+program a sample (greedy_triton.py), on CPU a loop in C++ (greedy.cpp), without a compiler the loops of this file.
+`reference` says plainly what all compute.
 
 A row's value, C being the rows chosen so far:
 
@@ -15,11 +16,15 @@ depend on the device or on the order in which it sums.
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tokred.backends.kernels.native import library
 
 __all__ = ["OBJECTIVES", "greedy_diverse", "reference", "tie_width"]
 
@@ -27,6 +32,7 @@ OBJECTIVES = ("sum", "max", "cover")
 NOTHING = {"sum": 0.0, "max": -1.0, "cover": 0.0}  # what a row's similarity to no row at all is
 PADDING, LIMIT = -1e30, 1e20  # the value of rows outside `among`; scores are within +-LIMIT
 LAZY = 64  # gains that one round of `_covering` computes
+WORK = 1 << 18  # products for which one more thread pays
 
 
 @torch.library.custom_op("tokred::greedy_diverse", mutates_args=())
@@ -57,10 +63,44 @@ def greedy_diverse(
         return _covering(similarities(unit, ceiling), score, ceiling, count, first)
     # All products at once take as long as one row's products N/2 times or more: measured at N 576, 2880, D 1024, 4096.
     table = unit @ unit.mT if 2 * count > unit.shape[1] else None
+    if table is None and (kernel := _kernel(unit)) is not None:
+        return _launch(kernel, unit, score, ceiling, count, objective, first)
     starts = [None] * len(unit) if first is None else first.tolist()
     samples = zip(unit, [None] * len(unit) if table is None else table, score, ceiling, starts, strict=True)
     chosen = [_choosing(*sample, count, objective) for sample in samples]
     return torch.tensor(chosen, dtype=torch.int64, device=unit.device).view(len(unit), count)
+
+
+@cache
+def _functions() -> dict[torch.dtype, Any]:
+    """The functions of greedy.cpp by the type that they compute in; empty where there is no compiler."""
+    found, functions = library("greedy"), {}
+    for dtype in () if found is None else (torch.float32, torch.float64):
+        function = getattr(found, f"greedy_{str(dtype).removeprefix('torch.')}")
+        address, size = ctypes.c_void_p, ctypes.c_int64
+        function.argtypes = (address, address, address, size, size, size, ctypes.c_int32, size, ctypes.c_double)
+        function.argtypes += (address, ctypes.c_int32)
+        function.restype = None
+        functions[dtype] = function
+    return functions
+
+
+def _kernel(unit: Tensor) -> Any:
+    return _functions().get(unit.dtype) if unit.device.type == "cpu" else None
+
+
+def _launch(
+    kernel: Any, unit: Tensor, score: Tensor, ceiling: Tensor, count: int, objective: str, first: Tensor | None
+) -> Tensor:
+    unit, (batch, rows, width) = unit.contiguous(), unit.shape
+    chosen = torch.empty(batch, count, dtype=torch.int64)
+    starts = [-1] * batch if first is None else first.tolist()
+    threads = min(torch.get_num_threads(), 1 + rows * width * count // WORK)
+    for sample, start in enumerate(starts):
+        inputs = (x[sample].data_ptr() for x in (unit, score, ceiling))
+        sizes, tie = (rows, width, count), tie_width(unit.dtype)
+        kernel(*inputs, *sizes, objective == "sum", start, tie, chosen[sample].data_ptr(), threads)
+    return chosen
 
 
 def _choosing(
