@@ -210,6 +210,7 @@ class Net(nn.Module):
         self.base, self.up = nn.Linear(16, 16), nn.Linear(rank, 16, bias=False)
         self.down, self.biased = nn.Linear(16, rank, bias=False), nn.Linear(16, rank)
         self.gate = nn.Parameter(torch.randn(rank))
+        self.column = nn.Parameter(torch.randn(rank, 1))
         self.wide, self.scale = nn.Parameter(torch.randn(16)), nn.Parameter(torch.tensor(3.0))
         self.run = forward
         self.requires_grad_(False)
@@ -238,7 +239,7 @@ NOT_FOLDED = {
     "activation": (lambda m, x: m.base(x) + m.up(m.down(x).relu()), "no-lora"),
     "no sum": (lambda m, x: m.base(x) * m.up(m.down(x)), "no-lora"),
     "gate of outputs": (lambda m, x: m.base(x) + m.up(m.down(x)) * m.wide, "no-lora"),
-    "gate of tokens": (lambda m, x: m.base(x) + m.up(m.down(x) * m.gate[:, None]), "no-lora"),
+    "gate of tokens": (lambda m, x: m.base(x) + m.up(m.down(x) * m.column), "no-lora"),
     "rounded": (lambda m, x: m.base(x) + m.up(m.down(x).to(torch.int32).to(x.dtype)), "no-lora"),
     "none": (lambda m, x: m.base(x), "no-lora"),
     "bias": (lambda m, x: m.base(x) + m.up(m.biased(x)), "branch"),
