@@ -17,6 +17,8 @@ from tests.passes.test_sparsify import run
 from tokred.compiler import pipeline
 from tokred.compiler.relaid import Relaid
 from tokred.registry.sparsify.lora_prune import Branch, Kept, Merged
+from tokred.testing.contract import words
+from tokred.testing.models import TinyText
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest number
 aten = torch.ops.aten
@@ -291,6 +293,21 @@ def test_layers(layers, folded):
     wanted = run(model, inputs)
     close(run(compiled(model, f"lora_prune(layers={layers!r})", strict=False), inputs), wanted)
     assert len(entry().lines) == folded
+
+
+def test_an_encoder_with_padding_is_folded_and_the_report_says_that_it_is_not_packed():
+    torch.manual_seed(0)
+    model, (ids, valid) = TinyText().eval(), words(4)
+    for block in model.blocks:
+        block.out = SoraLinear(block.out)
+    model.requires_grad_(False)
+    wanted = model(ids, valid)
+    with torch.no_grad():
+        got = compiled(model)(ids, valid)
+    for name, value in wanted.items():
+        close(got[name], value)
+    assert len(entry().lines) == 3
+    assert [refusal.code for refusal in entry("pack_tokens").refusals] == ["recipe"]
 
 
 def test_an_adapted_head_belongs_to_no_layer():

@@ -177,7 +177,8 @@ def _transform(
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report, reduced, rewritten, folded, [adapted, sparse])
     packing = None
-    if memory is None and not relaid_inputs(graph):  # of so few tokens none is padding; a recipe's own masks hide none
+    decodes = relaid_inputs(graph) and not options.recipe.of(LoraPrune)
+    if memory is None and not decodes:  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)
