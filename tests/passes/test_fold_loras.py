@@ -17,6 +17,8 @@ from tests.passes.test_sparsify import run
 from tokred.compiler import pipeline
 from tokred.compiler.relaid import Relaid
 from tokred.registry.sparsify.lora_prune import Branch, Kept, Merged
+from tokred.testing.contract import words
+from tokred.testing.models import TinyText
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest number
 aten = torch.ops.aten
@@ -210,6 +212,7 @@ class Net(nn.Module):
         self.base, self.up = nn.Linear(16, 16), nn.Linear(rank, 16, bias=False)
         self.down, self.biased = nn.Linear(16, rank, bias=False), nn.Linear(16, rank)
         self.gate = nn.Parameter(torch.randn(rank))
+        self.column = nn.Parameter(torch.randn(rank, 1))
         self.wide, self.scale = nn.Parameter(torch.randn(16)), nn.Parameter(torch.tensor(3.0))
         self.run = forward
         self.requires_grad_(False)
@@ -238,7 +241,7 @@ NOT_FOLDED = {
     "activation": (lambda m, x: m.base(x) + m.up(m.down(x).relu()), "no-lora"),
     "no sum": (lambda m, x: m.base(x) * m.up(m.down(x)), "no-lora"),
     "gate of outputs": (lambda m, x: m.base(x) + m.up(m.down(x)) * m.wide, "no-lora"),
-    "gate of tokens": (lambda m, x: m.base(x) + m.up(m.down(x) * m.gate[:, None]), "no-lora"),
+    "gate of tokens": (lambda m, x: m.base(x) + m.up(m.down(x) * m.column), "no-lora"),
     "rounded": (lambda m, x: m.base(x) + m.up(m.down(x).to(torch.int32).to(x.dtype)), "no-lora"),
     "none": (lambda m, x: m.base(x), "no-lora"),
     "bias": (lambda m, x: m.base(x) + m.up(m.biased(x)), "branch"),
@@ -290,6 +293,21 @@ def test_layers(layers, folded):
     wanted = run(model, inputs)
     close(run(compiled(model, f"lora_prune(layers={layers!r})", strict=False), inputs), wanted)
     assert len(entry().lines) == folded
+
+
+def test_an_encoder_with_padding_is_folded_and_the_report_says_that_it_is_not_packed():
+    torch.manual_seed(0)
+    model, (ids, valid) = TinyText().eval(), words(4)
+    for block in model.blocks:
+        block.out = SoraLinear(block.out)
+    model.requires_grad_(False)
+    wanted = model(ids, valid)
+    with torch.no_grad():
+        got = compiled(model)(ids, valid)
+    for name, value in wanted.items():
+        close(got[name], value)
+    assert len(entry().lines) == 3
+    assert [refusal.code for refusal in entry("pack_tokens").refusals] == ["recipe"]
 
 
 def test_an_adapted_head_belongs_to_no_layer():

@@ -32,6 +32,7 @@ from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
 from tokred.registry.neurons import Chosen
+from tokred.registry.sparsify.lora_prune import LoraPrune
 
 if TYPE_CHECKING:
     from tokred.passes.pack_tokens import Packing
@@ -198,7 +199,8 @@ def _transform(
         report.after = graph.print_readable(print_output=False)
     _enforce(options, report, reduced, rewritten, light)
     packing = None
-    if not extras_of(graph):  # of so few tokens none is padding; a recipe's own masks hide none
+    decodes = extras_of(graph) and not options.recipe.of(LoraPrune)
+    if memory is None and not decodes:  # of so few tokens none is padding; a recipe's own masks hide none
         packing = _pack(exact if options.recipe.methods else graph, options, report)
     if packing is not None:
         observe("pack_tokens", packing.packed)

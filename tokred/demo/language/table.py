@@ -33,20 +33,22 @@ SPANS = {"visual": (0, CONTEXT)}  # for methods that drop image tokens the conte
 
 # {left} is the share left out, {keep} what stays. Those for neurons say so of every MLP, on whole texts ("masked").
 NEURONS = {
-    "cats": f"cats(sparsity={{left}}{MASKED})",
-    "teal": f"teal(sparsity={{left}}{MASKED})",
+    "cats": (f"cats(sparsity={{left}}{MASKED})",),
+    "teal": (f"teal(sparsity={{left}}{MASKED})", f"teal(sparsity={{left}}, allocation='greedy'{MASKED})"),
+    "moefy": (f"moefy(sparsity={{left}}{MASKED})",),
+    "core_neurons": (f"core_neurons(keep={{keep}}, layers='*'{MASKED})",),
 }
 # What drops or merges tokens is asked for recall alone: a perplexity would be that of tokens whose successors chose
 # who is read, and those that were dropped would have none of their own. Each cuts in front of layer 1 of the two.
 TOKENS = {
-    "random": "random(keep={keep}, layers=[0])",
-    "norm": "norm(keep={keep}, layers=[0])",
-    "fastv": "fastv(layer=1, keep={keep})",
-    "corematching": "corematching(layer=1, keep={keep})",
-    "zoo_prune": "zoo_prune(keep={keep})",
-    "pool": "pool(keep={keep}, layers=[0])",
+    "random": ("random(keep={keep}, layers=[0])",),
+    "norm": ("norm(keep={keep}, layers=[0])",),
+    "fastv": ("fastv(layer=1, keep={keep})",),
+    "corematching": ("corematching(layer=1, keep={keep})",),
+    "zoo_prune": ("zoo_prune(keep={keep})",),
+    "pool": ("pool(keep={keep}, layers=[0])",),
     # the share left out of the attention is what `coverage` makes it; the questions are its window
-    "token_sparse_attention": "token_sparse_attention(coverage={left}, window=24, least=6)",
+    "token_sparse_attention": ("token_sparse_attention(coverage={left}, window=24, least=6)",),
 }
 RECIPES = NEURONS | TOKENS
 
@@ -174,18 +176,19 @@ def _options(model: Any, row: Row) -> dict[str, Any]:
     if row.method in TOKENS:
         options["spans"] = SPANS
     if any(getattr(method, "calibrated", False) for method in parse_recipe(row.recipe).methods):
-        options["calibration"] = calibration(model)
+        options["calibration"] = calibration(model, "greedy" if "greedy" in row.recipe else "")
     return options
 
 
 @cache
-def calibration(model: Any, number: int = 32) -> Any:
+def calibration(model: Any, allocation: str = "", number: int = 32) -> Any:
     """What `tokred.calibrate` finds in training text, or in sequences of pairs: one serves every recipe and share."""
+    recipe = "teal(allocation='greedy')" if allocation else None
     if model.config.vocab_size == text.CONFIG["vocab_size"]:
         ids = windows(corpus(held_out=False).tokens(), number, text.WINDOW)[:, :-1]
     else:
         ids = associative.pairs(4 * number, seed=3).input_ids
-    return tokred.calibrate(model, [{"input_ids": each} for each in ids.split(BATCH)])
+    return tokred.calibrate(model, [{"input_ids": each} for each in ids.split(BATCH)], recipe=recipe)
 
 
 def score(models: dict[str, Any], tokens: Tensor, data: Pairs, row: Row) -> Row:
@@ -236,9 +239,10 @@ def recipes(levels: Sequence[int] = LEVELS) -> list[Row]:
     rows = [Row("dense", 0, DENSE, activation) for activation in text.ACTIVATIONS]
     for level in levels:
         rows += [Row(name, level, f"by hand: {name}, {level} % left out") for name in BY_HAND]
-        for name, recipe in RECIPES.items():
+        for name, each in RECIPES.items():
             if name in registered:
-                rows.append(Row(name, level, recipe.format(left=level / 100, keep=round(1 - level / 100, 2))))
+                numbers = {"left": level / 100, "keep": round(1 - level / 100, 2)}
+                rows += [Row(name, level, recipe.format(**numbers)) for recipe in each]
     return rows
 
 
