@@ -199,7 +199,12 @@ def made_inputs(
 
 
 def relaid_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
-    """The graph's input for the neuron-major copy of the parameter `weight`, itself an input, maybe a made one."""
+    """The graph's input for the neuron-major copy of the parameter `weight`, itself an input, maybe a made one.
+
+    Raises ValueError for a weight that is no input, as `made_inputs` does.
+    """
+    if weight.op != "placeholder":
+        raise ValueError(f"{weight.name} is no input of the graph")
     inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
     before = weight.meta.get("extra")
     parameters = [weight] if before is None else [inputs[number] for number in before.numbers]
