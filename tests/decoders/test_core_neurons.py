@@ -98,10 +98,10 @@ def by_hand(model: Any, inputs: dict[str, Tensor], tokens: int = 16, **options: 
 
 
 def padded(name: str) -> dict[str, Tensor]:
-    """Three prompts of 9, 6 and 4 tokens, padded on the left."""
+    """Three prompts of 9, 6 and 4 tokens, padded on the left: with words, as token 0 is a vector of zeros."""
     ids = torch.cat([example(name), example(name, 5)[:1]])
     mask = (torch.arange(9) >= torch.tensor([[0], [3], [5]])).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def generated(model: Any, inputs: dict[str, Tensor], tokens: int = 16, **options: Any) -> tuple[Tensor, Tensor]:

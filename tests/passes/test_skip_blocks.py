@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tokred
 from tests.decoders.models import build, prompts
-from tests.passes.sparse_models import ENCODER, MODELS, example, made
+from tests.passes.sparse_models import ENCODER, MODELS, TWO, example, made
 from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
 
@@ -177,6 +177,14 @@ def test_generate_goes_on_without_the_blocks() -> None:
     for graph in tokred.reports().graphs:
         acted = [row for row in graph.blocks if row.kind == "mlp" and row.method]
         assert [(row.layer, row.method.partition("(")[0]) for row in acted] == [(1, "skip_block"), (3, "core_neurons")]
+
+
+def test_routed_experts_are_refused() -> None:
+    torch.manual_seed(0)
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**TWO | {"num_local_experts": 4})).eval()  # no float64
+    got = run(compiled(model, "skip_block(layers=[1])", strict=False), example("llama"))
+    torch.testing.assert_close(got, run(model, example("llama")))
+    assert [row.refusal and row.refusal.code for row in report()] == [None, "no-residual"]
 
 
 class Gated(nn.Module):

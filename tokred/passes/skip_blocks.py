@@ -13,6 +13,7 @@ from torch import fx
 from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.capture import is_parameter, tensor_meta
 from tokred.compiler.graphs import PRODUCTS, reaches
+from tokred.compiler.neurons import find_experts
 from tokred.compiler.report import Refusal
 from tokred.compiler.residual import residual_of
 from tokred.errors import ArgumentError
@@ -51,6 +52,7 @@ def skip_blocks(gm: fx.GraphModule, blocks: Blocks, original: Blocks, methods: t
     paired = zip(blocks.attentions, original.attentions, strict=True)
     alone = {block: _own_attention(was, original) for block, was in paired}
     found: list[Block] = [*blocks.mlps, *blocks.attentions]
+    found += [mlp for mlp in find_experts(gm, blocks) if mlp not in found]
     for block in found:
         kind = "mlp" if isinstance(block, Mlp) else "attention"
         where = f"{block.module} ({block.source})" if block.module else block.source
@@ -65,7 +67,7 @@ def skip_blocks(gm: fx.GraphModule, blocks: Blocks, original: Blocks, methods: t
                 reason = "its layer has another attention, and which is which does not show in every graph"
                 done.refused.setdefault(block, (method, Refusal("cross-attention", reason, where)))
                 continue
-            join = _join(copies[block.down if isinstance(block, Mlp) else _attended(block)], fixed)
+            join = None if block.form == "experts" else _join(copies[_given(block)], fixed)
             if join is None:
                 reason = "what it gives is not just added to the stream that it reads"
                 done.refused.setdefault(block, (method, Refusal("no-residual", reason, where)))
@@ -94,8 +96,10 @@ def _own_attention(block: Attention, original: Blocks) -> bool:
     return attentions == sum(mlp.axis == block.axis for mlp in original.mlps)
 
 
-def _attended(block: Attention) -> fx.Node:
-    """What an attention gives: of a softmax, its product with the values."""
+def _given(block: Block) -> fx.Node:
+    """What a block gives first that nothing else is in; of a softmax, its product with the values."""
+    if isinstance(block, Mlp):
+        return block.down
     products = [user for user in block.value.users if user.target in PRODUCTS and reaches(block.anchor, user)]
     return products[0] if products else block.anchor
 

@@ -109,7 +109,7 @@ class Chosen(Sparsity):
         return votes.flatten(0, -2).sum(0, dtype=torch.int64)
 
     def idle(self, place: Neurons) -> bool:
-        return bool(self.kept(place) >= place.size)
+        return self.kept(place) >= int(place.size)
 
     def masked(self, values: Tensor, place: Neurons, real: Tensor | None = None) -> Tensor:
         best = self.counted(values, real).argsort(descending=True, stable=True)[: self.kept(place)]
