@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import tokred
 from tests.decoders import oracle
 from tests.decoders.models import GEMMA, IMAGE, LENGTH, SPAN, build, prompts
 from tests.decoders.test_catp import two_images
-from tokred.generation import PrunedLayer
+from tokred.compiler.caches import Kept
+from tokred.generation import PrunedLayer, _adopt, with_pruned_caches
 
 
 @pytest.fixture(autouse=True)
@@ -96,40 +98,32 @@ def test_a_cache_that_is_reset_holds_another_prompt() -> None:
     assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
 
 
-def what_caches_lack(cache: Any, tokens: int) -> oracle.Dropped:
-    """Which tokens are gone from each layer on, read off the caches of a prompt of so many."""
-    left, gone = torch.ones(cache.layers[-1].keys.shape[0], tokens, dtype=torch.bool), {}
-    for number, layer in enumerate(cache.layers):
-        if isinstance(layer, PrunedLayer):
-            gone[number] = left.scatter(1, layer.rows, False)
-            left = left & ~gone[number]
-    return gone
-
-
-@pytest.mark.slow
-def test_generation_goes_on_past_a_sliding_window() -> None:
-    """A window of 28 and a prompt of 26: layers that lost nothing soon hold the last 27 keys alone."""
-
-    def model() -> Any:
-        torch.manual_seed(7)
-        kinds = ["sliding_attention"] * 3 + ["full_attention"]
-        sizes = GEMMA | {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 28}
-        made = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes)).double().eval()
-        with torch.no_grad():
-            for parameter in made.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(6)
-        made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, None
-        return made
-
-    inputs, steps, how = prompts(), 4, {"do_sample": False, "return_dict_in_generate": True}
-    fast = tokred.compile(model(), "fastv(layer=2, keep=0.5)", lower="eager", spans={"visual": SPAN})
-    found = fast.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=steps, **how)
-    gone = what_caches_lack(found.past_key_values, LENGTH)
-    assert [int(rows[0].sum()) for rows in gone.values()] == [6, 0]
-    plain = model()
+def test_past_a_sliding_window_masks_are_read_with_their_offset() -> None:
+    """A window of 28, a prompt of 26: layers that lost nothing soon hold the last 27 keys, and so long is the mask."""
+    kinds = {"sliding_window": 28, "num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 4}
+    torch.manual_seed(7)
+    plain = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GEMMA | kinds)).double().eval()
+    fast = copy.deepcopy(plain)
     plain.set_attn_implementation("oracle")
-    assert found.sequences[:, LENGTH:].tolist() == oracle.generate(plain, inputs, gone, steps).tolist()
+    with_pruned_caches(fast, lambda forward: forward)  # not compiled, but it has the hooks
+    inputs = prompts()
+    rows = torch.tensor([[*range(9), *range(15, LENGTH)]] * 3)
+    gone = torch.ones(3, LENGTH, dtype=torch.bool).scatter(1, rows, False)
+    with torch.no_grad(), oracle.masked({2: gone}):
+        whole = plain(**inputs).past_key_values
+    short = copy.deepcopy(whole)
+    for layer in short.layers[2:]:
+        layer.keys, layer.values = (x[:, :, rows[0]] for x in (layer.keys, layer.values))
+    _adopt(short, [Kept(layer.keys, rows, LENGTH) for layer in short.layers[2:]])
+    mask = inputs["attention_mask"]
+    for length in range(LENGTH + 1, LENGTH + 6):
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+        step = {"input_ids": torch.full((3, 1), length), "position_ids": mask.sum(1, keepdim=True) - 1}
+        with torch.no_grad(), oracle.masked({2: gone[:, max(length - 28, 0) :]}):
+            wanted = plain(**step, attention_mask=mask, past_key_values=whole).logits
+            got = fast(**step, attention_mask=mask, past_key_values=short).logits
+        assert (got - wanted).abs().max() < 1e-9 * wanted.abs().max(), length
+    assert whole.layers[2].keys.shape[2] == 27 and short.layers[2].keys.shape[2] == 20 + 5
 
 
 @pytest.mark.slow

@@ -152,6 +152,13 @@ def test_a_model_that_cannot_be_traced_whole_is_traced_in_pieces() -> None:
     with torch.no_grad():
         logits = tokred.compile(model, "fastv(keep=0.5)", lower="eager")(**inputs).logits
         torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-9, atol=1e-9)
+    compiled = [block.module for graph in tokred.reports().graphs for block in graph.blocks]
+    explained = [
+        block.module
+        for graph in tokred.explain(model, recipe="fastv(keep=0.5)", **inputs).graphs
+        for block in graph.blocks
+    ]
+    assert explained == compiled and len(compiled) >= 2 * SIZES["num_hidden_layers"]
 
 
 def test_samples_with_different_numbers_of_image_tokens_are_an_error() -> None:
@@ -200,9 +207,11 @@ def test_beams_reorder_what_a_pruned_layer_knows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"num_beams": 2}, {"do_sample": True}])
-def test_beams_and_sampling_run(how: dict[str, Any]) -> None:
-    inputs = prompts()
+def test_sequences_sampled_from_one_prompt_have_its_caches() -> None:
+    """Of the most probable token alone: what is sampled is known then."""
+    ids, mask = (prompts()[name] for name in ("input_ids", "attention_mask"))
     compiled = tokred.compile(build("llama"), "fastv(layer=2, keep=0.5)", lower="eager", **VISUAL)
-    ids = compiled.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=5, **how)
-    assert ids.shape == (3, LENGTH + 5)
+    given: dict[str, Any] = {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "max_new_tokens": 4}
+    sampled = compiled.generate(ids, attention_mask=mask, **given)
+    twice, given = ids.repeat_interleave(2, 0), {"attention_mask": mask.repeat_interleave(2, 0), "max_new_tokens": 4}
+    assert torch.equal(sampled, compiled.generate(twice, do_sample=False, **given))
