@@ -172,11 +172,11 @@ def keep_sources(graph: fx.GraphModule, gm: fx.GraphModule) -> None:
         new._dynamo_source = old._dynamo_source
         new.meta |= {key: old.meta[key] for key in ("tensor_dict",) if key in old.meta}
     for new in added[len(places) :]:
-        new._dynamo_source = None  # type: ignore[attr-defined]
+        new._dynamo_source = None
         if "relaid" in new.meta:
             new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     graph.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
-    graph._param_name_to_source = {}
+    graph._param_name_to_source = {}  # type: ignore[assignment]
 
 
 def supplied(compiled: Compiled, numbers: list[int]) -> Compiled:
