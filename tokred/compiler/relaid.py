@@ -45,7 +45,7 @@ def untracked(parameter: Any) -> str:
 class Relaid:
     """The neuron-major copy of one parameter. `Relaid.of(parameter)` finds or makes it.
 
-    Kept as long as the parameter lives, one for each, whoever asks. `version` and the address tell whether it changed:
+    Kept as long as the parameter lives, one for each, whoever asks. Its version and address tell whether it changed:
     load_state_dict, an optimiser's step and `parameter.data = ...` do. What is written in place through
     `parameter.data` changes neither: on CPU it is seen where it changes the `glimpse`, as what concerns all of a weight
     does (averages of weights, a LoRA branch merged into them); else by graphs compiled afterwards, or after
@@ -58,7 +58,8 @@ class Relaid:
         key = id(parameter)
         self.parameter: ReferenceType[Tensor] = ref(parameter, lambda _: Relaid._all.pop(key, None))
         self.copy = torch.empty(0)
-        self.version, self.address, self.glimpse = -1, 0, b""
+        self.state: Any = None  # version, address and strides of the parameter that was copied
+        self.glimpse: list[tuple[int, bytes]] = []
 
     @staticmethod
     def entry(parameter: Tensor, *, anew: bool = False) -> Relaid:
@@ -89,33 +90,38 @@ class Relaid:
     def forget() -> None:
         """Let every copy be made again at its next use."""
         for entry in Relaid._all.values():
-            entry.version = -1
+            entry.state = None
 
     def fits(self, parameter: Any) -> bool:
         """Whether the copy is one of this parameter as it is now."""
         own = self.parameter()
-        if own is None or own is not parameter or own._version != self.version:
+        if own is None or own is not parameter or _state(own) != self.state:
             return False
-        return own.data_ptr() == self.address and _glimpse(own) == self.glimpse
+        return all(string_at(place, len(seen)) == seen for place, seen in self.glimpse)
 
     def _renew(self, parameter: Tensor) -> None:
         """Copy again, into the same memory where it still fits: recorded CUDA graphs read there."""
-        seen, view = (parameter._version, parameter.data_ptr(), _glimpse(parameter)), neuron_major(parameter.detach())
+        state, glimpse, view = _state(parameter), _glimpse(parameter), neuron_major(parameter.detach())
         with torch.inference_mode(False), torch.no_grad():
             if (view.shape, view.dtype, view.device) == (self.copy.shape, self.copy.dtype, self.copy.device):
                 self.copy.copy_(view)
             else:
                 self.copy = view.clone(memory_format=torch.contiguous_format)
-        self.version, self.address, self.glimpse = seen  # last: another thread, or a failure, meets no copy half made
+        self.glimpse = glimpse
+        self.state = state  # last: another thread, or a failure, meets no copy half made
 
 
-def _glimpse(parameter: Tensor) -> bytes:
-    """A few numbers of a parameter in memory that the host can read, at half a microsecond; else nothing."""
+def _state(parameter: Tensor) -> tuple[Any, ...]:
+    return parameter._version, parameter.data_ptr(), parameter.stride()
+
+
+def _glimpse(parameter: Tensor) -> list[tuple[int, bytes]]:
+    """Two places in the parameter's memory and what is there; none in memory that the host cannot read."""
     size, address = parameter.nbytes, parameter.data_ptr()
     if parameter.device.type != "cpu" or not address or not parameter.is_contiguous():
-        return b""
+        return []
     places = (0, size // 2)
-    return b"".join(string_at(address + place, min(GLIMPSE, size - place)) for place in places)
+    return [(address + place, string_at(address + place, min(GLIMPSE, size - place))) for place in places]
 
 
 # -- in graphs --------------------------------------------------------------------------------------------------------
