@@ -188,7 +188,11 @@ def test_damaged_files_are_errors(tmp_path):
     with pytest.raises(CalibrationError, match="version 99"):
         tokred.Calibration.load(path)
     site = data["sites"][0]
-    wrong = [{"counts": site["counts"][1:]}, {"counts": [10**30, *site["counts"][1:]]}, {"bins": site["bins"][:1] * 9}]
+    wrong = [
+        {"counts": site["counts"][1:]},
+        {"counts": [10**30, *site["counts"][1:]]},
+        {"bins": site["bins"][:1] * len(site["bins"])},
+    ]
     wrong += [{"counts": [value, *site["counts"][1:]]} for value in (-1, 1.5, None, "1")]
     for change in [*wrong, {"bins": [BINS, *site["bins"][1:]]}, {"parameters": None}]:
         path.write_text(json.dumps(data | {"sites": [site | change]}))

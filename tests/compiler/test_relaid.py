@@ -74,7 +74,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_compiled_model_follows_its_parameters(change: str, monkeypatch: Any) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(relaid, "_glimpse", lambda parameter: b"")  # as on CUDA
+    monkeypatch.setattr(relaid, "_glimpse", lambda parameter: [])  # as on CUDA
     torch.manual_seed(0)
     net, x = Net(), torch.randn(1, 6)
     compiled = torch.compile(net, backend=relaid_backend, fullgraph=True)

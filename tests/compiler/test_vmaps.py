@@ -41,6 +41,17 @@ def test_a_vmapped_mask_is_plain_calls(dynamic: bool) -> None:
     assert torch.equal(graph(*values)[0], of_one_kind(kinds, x))
 
 
+def test_each_result_of_a_vmap_is_its_own() -> None:
+    x = torch.randn(3, 4)
+
+    def function(x: Tensor) -> Tensor:
+        first, second = torch.vmap(lambda row: (row.cumsum(0), row * 2))(x)
+        return first - second
+
+    (graph,) = captured(function, x)
+    assert torch.equal(graph(x)[0], function(x))
+
+
 def test_without_a_vmap_the_graph_itself_is_used() -> None:
     graphs = []
 

@@ -204,3 +204,20 @@ def test_a_text_decoder_has_no_frames() -> None:
 def test_arguments_out_of_range_are_errors(argument: str) -> None:
     with pytest.raises(ArgumentError, match=argument.partition("=")[0]):
         parse_recipe(f"temporal_fusion({argument})")
+
+
+@pytest.mark.slow
+def test_neurons_are_left_out_of_a_graph_that_carries_something() -> None:
+    """The first frame is the model's own: what differs from it is the neurons'."""
+    sparse, inputs = "cats(threshold=0.3, phase='masked')", prompts(2, model="llava")
+    logits = []
+    for recipe in (sparse, f"temporal_fusion() + {sparse}"):
+        torch.compiler.reset()
+        tokred.reset()
+        with torch.no_grad():
+            logits.append(tokred.compile(build("llava"), recipe, lower="eager")(**inputs).logits)
+    (graph,) = tokred.reports().graphs
+    assert graph.notes == []
+    changes = {entry.name: entry.changes for entry in graph.passes}
+    assert (changes["fuse_frames"], changes["sparsify"]) == (1, 5)
+    assert torch.equal(*logits)

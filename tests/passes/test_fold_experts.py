@@ -79,6 +79,7 @@ NEAR: dict[str, dict[str, Step]] = {
     "groups of other experts": {"top": lambda: E},
     "no activation": {"gate": lambda a, b: a * b},
     "another activation": {"gate": lambda a, b: F.gelu(a, approximate="tanh") * b},
+    "one half twice": {"gate": lambda a, b: F.silu(a) * a},
     "the halves change places": {"gate": lambda a, b: F.silu(b) * a},
     "groups that end elsewhere": {"ends": lambda ends: ends.flip(0)},
     "not put back": {"back": lambda inverse: inverse.flip(0)},

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "power": lambda x: torch.relu(x) ** 2,
     "product": lambda x: torch.relu(x) * torch.relu(x),
     "gate": lambda x: torch.relu(x) * (x + 1),
+    "cast": lambda x: torch.relu(x.float()).to(x.dtype),
     "view": lambda x: torch.relu(x).unflatten(-1, (2, -1)).flatten(-2),
 }
 OTHERS = {

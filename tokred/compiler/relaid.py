@@ -79,7 +79,8 @@ class Relaid:
             ref(parameter, lambda _: Relaid._all.pop(key, None)) for parameter in parameters
         ]
         self.copies: list[Tensor] = []
-        self.states: list[Any] = [None] * len(parameters)
+        self.states: list[Any] = [None] * len(parameters)  # version, address and strides of what it was made of
+        self.glimpse: list[tuple[int, bytes]] = []
 
     @staticmethod
     def entry(make: Make, *parameters: Tensor, anew: bool = False) -> Relaid:
@@ -117,11 +118,14 @@ class Relaid:
     def fits(self, *parameters: Any) -> bool:
         """Whether it was made of these parameters as they are now."""
         known: Any = zip(self.parameters, self.states, parameters, strict=True)
-        return all(own() is parameter and _state(parameter) == state for own, state, parameter in known)
+        if not all(own() is parameter and _state(parameter) == state for own, state, parameter in known):
+            return False
+        return all(string_at(place, len(seen)) == seen for place, seen in self.glimpse)
 
     def _renew(self, parameters: Sequence[Tensor]) -> None:
         """Make it again, in the same memory where it still fits: recorded CUDA graphs read there."""
-        seen = [_state(parameter) for parameter in parameters]
+        states = [_state(parameter) for parameter in parameters]
+        glimpse = [place for parameter in parameters for place in _glimpse(parameter)]
         with torch.inference_mode(False), torch.no_grad():
             made = self.make(*(parameter.detach() for parameter in parameters))
             made = (made,) if isinstance(made, Tensor) else made
@@ -132,21 +136,21 @@ class Relaid:
                     copy.copy_(new)
             else:
                 self.copies = [new.clone(memory_format=torch.contiguous_format) for new in made]
-        self.states = seen  # last: another thread, or a failure, meets nothing half made
+        self.glimpse = glimpse
+        self.states = states  # last: another thread, or a failure, meets nothing half made
 
 
-def _state(parameter: Any) -> tuple[int, int, bytes]:
-    """What changes with a parameter, almost always."""
-    return parameter._version, parameter.data_ptr(), _glimpse(parameter)
+def _state(parameter: Any) -> tuple[Any, ...]:
+    return parameter._version, parameter.data_ptr(), parameter.stride()
 
 
-def _glimpse(parameter: Tensor) -> bytes:
-    """A few numbers of a parameter in memory that the host can read, at half a microsecond; else nothing."""
+def _glimpse(parameter: Tensor) -> list[tuple[int, bytes]]:
+    """Two places in the parameter's memory and what is there; none in memory that the host cannot read."""
     size, address = parameter.nbytes, parameter.data_ptr()
     if parameter.device.type != "cpu" or not address or not parameter.is_contiguous():
-        return b""
+        return []
     places = (0, size // 2)
-    return b"".join(string_at(address + place, min(GLIMPSE, size - place)) for place in places)
+    return [(address + place, string_at(address + place, min(GLIMPSE, size - place))) for place in places]
 
 
 # -- in graphs --------------------------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def test_without_a_compiler_torch_s_own_operators_give_the_reference(
 
 
 def test_the_references_are_the_definitions() -> None:
+    kept_nan = neurons.active(torch.tensor([torch.nan, 1.0, -7.0]), torch.tensor(5.0))
+    torch.testing.assert_close(kept_nan, torch.tensor([torch.nan, 0.0, -7.0]), equal_nan=True)
     act, x, up, up_bias, down, bias, threshold = case("gated_tail", "threshold", 3, torch.float64)
     kept = act * (act.abs() > threshold)
     torch.testing.assert_close(sparse_linear_reference(act, down, bias, threshold), kept @ down + bias)
@@ -242,11 +244,17 @@ def test_what_does_not_fit_is_an_error(name: str) -> None:
     arguments = case(name, "half", 2, torch.float32)
     mode = FakeTensorMode()
     for place, value in enumerate(arguments):
-        for wrong in (value.unsqueeze(0).repeat_interleave(2, -1)[..., 1:], value.bfloat16()) if value.dim() else ():
+        if not value.dim():
+            continue
+        wider = value.repeat_interleave(2, -1)
+        for wrong in (wider, wider.unsqueeze(0), value.bfloat16()):
             given = (*arguments[:place], wrong, *arguments[place + 1 :])
             for tensors in (given, [mode.from_tensor(x) for x in given]):  # a graph is refused when it is made
                 with pytest.raises(ValueError, match=f"{name}: "):
                     OPERATORS[name][0](*tensors)
+    if name == "gated_tail":
+        with pytest.raises(ValueError, match=r"gated_tail: \[.. F\], \[.. C\]"):
+            gated_tail(arguments[0], arguments[1][:1], *arguments[2:])
     with pytest.raises(ValueError, match="a single threshold"):
         OPERATORS[name][0](*arguments[:-1], torch.zeros(2))
 
