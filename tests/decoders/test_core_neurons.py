@@ -145,7 +145,9 @@ def test_a_padded_batch_decodes_with_what_its_prompts_chose(name: str) -> None:
     assert len(tokred.reports().graphs) == 3  # the prompt, the first token, all others: as many as without a recipe
     assert all(row.method and not row.refusal for number in range(3) for row in mlps(number))
     assert all(row.flops[0] == row.flops[1] and "all are computed" in row.note for row in mlps(0))
-    assert all(0.37 < row.flops[1] / row.flops[0] < 0.43 for number in (1, 2) for row in mlps(number))
+    most = 0.8 if name == "phi3" else 0.43  # of one product that became two the report counts the one that was
+    assert all(0.37 < row.flops[1] / row.flops[0] < most for number in (1, 2) for row in mlps(number))
+    assert not any("by masking" in row.note for number in (1, 2) for row in mlps(number))
     assert any("gathered behind it" in note for note in tokred.reports().graphs[1].notes)
 
 
