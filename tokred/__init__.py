@@ -13,14 +13,17 @@ from tokred.registry.attention import AttentionRewrite, Effort
 from tokred.registry.frames import FrameFusion, Frames
 from tokred.registry.maps import Keep, Merge, Soft, TokenMap
 from tokred.registry.method import Method, Reduction
-from tokred.registry.neurons import Neurons, Sparsity
+from tokred.registry.neurons import Blockwise, Chosen, Neurons, Sparsity, Threshold
 from tokred.registry.recipe import Recipe
 from tokred.registry.register import methods, register, register_pass
 from tokred.registry.site import Place, Site
+from tokred.registry.skip import Skip
 
 __all__ = [
     "AttentionRewrite",
+    "Blockwise",
     "Calibration",
+    "Chosen",
     "Effort",
     "FrameFusion",
     "Frames",
@@ -34,8 +37,10 @@ __all__ = [
     "Refusal",
     "Report",
     "Site",
+    "Skip",
     "Soft",
     "Sparsity",
+    "Threshold",
     "TokenMap",
     "TokredError",
     "backend",

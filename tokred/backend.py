@@ -14,6 +14,7 @@ from torch import fx
 from tokred.compiler.dump import dump_report, dump_stage
 from tokred.compiler.options import Options, parse_options
 from tokred.compiler.pipeline import compile_graph
+from tokred.compiler.relaid import Relaid
 from tokred.compiler.report import GraphReport, Report
 
 __all__ = ["backend", "compile", "reports", "reset"]
@@ -98,5 +99,6 @@ def reports() -> Report:
 
 
 def reset() -> None:
-    """Forget all reports."""
+    """Forget all reports, and what was made of parameters: it is made again at the next call."""
     _reports.clear()
+    Relaid.forget()

@@ -134,11 +134,11 @@ class Calibration:
         if only := sorted(self._found.keys() ^ other._found.keys()):
             values, name = only[0]
             raise CalibrationError(f"only one of two calibrations measured {values!r} at {name!r}")
-        for site in other.sites:
-            own = self._found.get((site.values, site.parameters[0]))
-            if own is None or (own.shares is None) != (site.shares is None):
-                did = f"measured {site.values!r} at" if own is None else "allocated shares to"
-                raise CalibrationError(f"only one of two calibrations {did} {site.parameters[0]!r}")
+        pairs = [(self._found[site.values, site.parameters[0]], site) for site in other.sites]
+        for own, site in pairs:
+            if (own.shares is None) != (site.shares is None):
+                raise CalibrationError(f"only one of two calibrations allocated shares to {site.parameters[0]!r}")
+        for own, site in pairs:
             own.merge(site)
 
     def all_merge(self, group: Any = None) -> None:

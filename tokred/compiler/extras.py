@@ -23,7 +23,7 @@ class Extra:
     """Some of a graph's extra inputs, or of its extra results, or both: those that one purpose has.
 
     results   how many of the results it takes
-    stays     whether its inputs lie in the same memory at each call
+    stays     whether its inputs lie in the same memory at each call of one thread
     """
 
     results: int = 0

@@ -104,6 +104,8 @@ class Choice:
 class Gathered(Extra):
     """Inputs of decoding graphs: for each of `choices` what the neurons that the request chose have."""
 
+    stays = True
+
     def __init__(self) -> None:
         self.choices: list[Choice] = []
         self._local = threading.local()
