@@ -42,6 +42,12 @@ DECODERS = {
 COMPILE_TIME = "compile_time"
 PADDING = "minilm_padding"
 TOKEN_SPARSE = "token_sparse"
+SPARSE_MLP = "sparse_mlp"
+DECODES = {
+    "decode_cats": "cats(sparsity=0.5)",
+    "decode_teal": "teal(sparsity=0.5)",
+    "decode_core_neurons": "core_neurons(keep=0.4)",
+}
 
 INTRODUCTION = """\
 # Results
@@ -76,9 +82,15 @@ def run(name: str, rounds: int) -> str | None:
         command = [sys.executable, "-m", "benchmarks.padding", "--rounds", str(rounds), *target]
     elif name == TOKEN_SPARSE:  # seconds a call at 16K, so few rounds
         command = [sys.executable, "-m", "benchmarks.token_sparse", "--rounds", str(min(rounds, 5)), *target]
+    elif name == SPARSE_MLP:
+        given = ["--tokens", "1", "--threads", "2", "--rounds", str(rounds)]
+        command = [sys.executable, "-m", "benchmarks.sparse_mlp", *given, *target]
+    elif name in DECODES:  # seconds a call
+        given = ["--recipe", DECODES[name], "--rounds", str(min(rounds, 5))]
+        command = [sys.executable, "-m", "benchmarks.decode", *given, *target]
     else:
-        module, given = ("compare", CONFIGURATIONS) if name in CONFIGURATIONS else ("decoder", DECODERS)
-        command = [sys.executable, "-m", f"benchmarks.{module}", *given[name], "--rounds", str(rounds), *target]
+        module, each = ("compare", CONFIGURATIONS) if name in CONFIGURATIONS else ("decoder", DECODERS)
+        command = [sys.executable, "-m", f"benchmarks.{module}", *each[name], "--rounds", str(rounds), *target]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)  # what it prints shows at once
     return None if done.returncode == 0 else done.stderr[-2000:]
@@ -91,6 +103,8 @@ def render() -> str:
         title = f"## {name}\n\n"
         sections.append(title + (comparison(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"))
     last = {"Padding": (PADDING, padding), "Long prompts": (TOKEN_SPARSE, token_sparse)}
+    last |= {"Active neurons alone": (SPARSE_MLP, sparse_mlp)}
+    last |= {f"Decoding with {recipe}": (name, decode) for name, recipe in DECODES.items()}
     for title, (name, text) in {**last, "Compile time": (COMPILE_TIME, compile_time)}.items():
         path = FOLDER / f"{name}.json"
         measured = text(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
@@ -149,6 +163,39 @@ def token_sparse(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", starts, "", header(result)])
 
 
+def sparse_mlp(result: dict[str, Any]) -> str:
+    """`benchmarks/sparse_mlp.py` says what the programs are."""
+    given = result["settings"]
+    lines = [
+        f"Products of a {given['width']} x {given['hidden']} MLP under Inductor, {given['dtype']}, one token, "
+        f"{given['threads']} threads, {given['rounds']} rounds.",
+        "`bound` is the quotient of the bytes of weights that the two must read.",
+        "",
+        "| program | zeros | dense ms | sparse ms | x dense | bound |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for each in result["results"]:
+        dense, sparse = (1e3 * each["median"][name] for name in ("dense", "sparse"))
+        shown = f"| {dense:.2f} | {sparse:.2f} | {each['ratio']:.2f} | {each['bound']:.2f} |"
+        lines.append(f"| {each['program']} | {each['zeros']:.0%} {shown}")
+    return "\n".join([*lines, "", header(result)])
+
+
+def decode(result: dict[str, Any]) -> str:
+    """`benchmarks/decode.py` says what the variants and workloads are."""
+    given = result["options"]
+    shape = f"A Llama of {given['layers']} layers, width {given['width']}, {given['dtype']}, {given['rounds']} rounds"
+    lines = [f"{shape}. Times faster than Inductor; `without` has no MLPs at all, so the rest is their share.", ""]
+    lines += ["| workload | exact | recipe | without | share of the MLPs | the MLPs' own gain |", "|---|" + "---:|" * 5]
+    for workload, found in result.items():
+        if isinstance(found, dict) and "summary" in found:
+            names = ["x inductor, exact", "x inductor, recipe", "x inductor, without", "share of the MLPs"]
+            numbers = [found["summary"].get(name) for name in [*names, "the MLPs' own gain"]]
+            cells = ("" if number is None else f"{number:.3f}" for number in numbers)
+            lines.append(f"| {workload} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", header(result)])
+
+
 def compile_time(result: dict[str, Any]) -> str:
     lines = ["| first call of a fresh process | s |", "|---|---:|"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in result["seconds"].items()]
@@ -168,7 +215,7 @@ def header(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = [*CONFIGURATIONS, *decoders(), PADDING, TOKEN_SPARSE, COMPILE_TIME]
+    names = [*CONFIGURATIONS, *decoders(), PADDING, TOKEN_SPARSE, SPARSE_MLP, *DECODES, COMPILE_TIME]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", nargs="+", choices=[*names, "all"], default=[])
     parser.add_argument("--rounds", type=int, default=21)
