@@ -47,8 +47,9 @@ class Extra:
 
 def extra_input(graph: fx.Graph, name: str, extra: Extra, fake: Tensor) -> fx.Node:
     """A new input of the graph, behind all others. `fake` is what is known of it."""
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        node = graph.placeholder(name)
+    inputs: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
+    with graph.inserting_after(inputs[-1]):
+        node = graph.placeholder(f"{name}_{len(inputs)}")  # an argument of a function, so no other may have the name
     node.meta = {"val": fake, "extra": extra}
     return node
 
