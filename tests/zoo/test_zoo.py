@@ -99,7 +99,7 @@ def test_a_model_is_found_exact_and_reduced(architecture: Architecture) -> None:
     """
     expected = TABLE[architecture.name]
     # two cannot do without imported weights, and one has no amount that could be zero
-    left = ("mixture_of_depths", "adaptive_width", "lora_prune")
+    left = ("mixture_of_depths", "adaptive_width", "lora_prune", "skip_block")
     own = [method for method in tokred.methods() if method not in left]
     nothing = " + ".join(map(_nothing, own))
     side = Side(
