@@ -7,6 +7,7 @@ import linecache
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -35,16 +36,20 @@ def model_name(gm: fx.GraphModule) -> str:
 
 def _class_around(file: str, line: int) -> str | None:
     """The innermost class whose body holds a line of a source file, if the file can be read."""
+    found = _classes("".join(linecache.getlines(file)))
+    around = [(start, name) for start, stop, name in found if start <= line <= stop]
+    return max(around)[1] if around else None
+
+
+@lru_cache(maxsize=32)
+def _classes(source: str) -> list[tuple[int, int, str]]:
+    """Of each class its first and last line and its name."""
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        tree = ast.parse(source)
     except SyntaxError:
-        return None
-    around = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and node.lineno <= line <= (node.end_lineno or node.lineno)
-    ]
-    return max(around, key=lambda node: node.lineno).name if around else None
+        return []
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [(node.lineno, node.end_lineno or node.lineno, node.name) for node in classes]
 
 
 def summarize(
