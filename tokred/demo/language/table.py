@@ -184,6 +184,7 @@ def _options(model: Any, row: Row) -> dict[str, Any]:
 def calibration(model: Any, allocation: str = "", number: int = 32) -> Any:
     """What `tokred.calibrate` finds in training text, or in sequences of pairs: one serves every recipe and share."""
     recipe = "teal(allocation='greedy')" if allocation else None
+    number = number // 4 if allocation else number  # each layer runs hundreds of times on these
     if model.config.vocab_size == text.CONFIG["vocab_size"]:
         ids = windows(corpus(held_out=False).tokens(), number, text.WINDOW)[:, :-1]
     else:
