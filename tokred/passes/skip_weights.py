@@ -40,10 +40,10 @@ def _unreadable(linear: Linear, parameters: Mapping[str, Tensor]) -> str:
         return "the weight is no input of the graph"
     if linear.channel != -1:
         return "convolutions have no such operator"
-    if values.dtype != weight.dtype:
-        return f"the weight is {weight.dtype}, what it multiplies {values.dtype}"
     if autocasts(linear.node):
         return "under autocast a product is computed in another type than its weight's"
+    if values.dtype != weight.dtype:
+        return f"the weight is {weight.dtype}, what it multiplies {values.dtype}"
     return untracked(parameters[linear.weight.name])
 
 
