@@ -43,8 +43,8 @@ in a context of {context} tokens, then each key once, and the value behind it is
 
 - **asked**: per cent to leave out, of an MLP's neurons for each token, or of the context's tokens.
 - **left out**: per cent of products of a neuron and a token that the MLPs' last linear layers did not need to compute,
-  counted while the recipe ran: the neuron was exactly zero, or the token was gone. `teal` thins other linears too. In the text where there is a
-  perplexity, else in the recall task, whose questions are never dropped.
+  counted while the recipe ran: the neuron was exactly zero, or the token was gone (`teal` thins other linears too). In
+  the text where there is a perplexity, else in the recall task, whose questions are never dropped.
 - **tokens/s**: `generate()` of {words} tokens behind {prompt}, batch 1, and how many times as many as with
   `backend="inductor"`, median of {rounds} interleaved calls. This model's weights fit into the processor's caches,
   where skipping them saves little: `benchmarks/decode.py` is about speed. Empty: not measured.
@@ -62,8 +62,8 @@ large models (at 30 % it is 1 %). Blocks of neurons (`moefy`, 45 % at a half) an
 with SiLU that were not trained for it. The ReLU model's gates are zero for 56 % of all neurons without being asked.
 Recall says nothing about an MLP's neurons: this task needs attention alone, 90 % of the neurons, chosen at random, can
 go. `teal`, which thins attention's inputs as well, loses it from 70 % on; with greedy shares, which spare attention,
-most of it stays at 90 %. Recall also tells methods for tokens apart. `norm` loses nothing as long as 30 % of the context
-are kept (in front of the cut keys have a norm of 9.6 on average, values of 13.4, filler of 6.8; in 10 % there is room
+most of it stays at 90 %. Recall also tells methods for tokens apart. `norm` loses nothing as long as 30 % of the
+context are kept (in front of the cut keys have a norm of 9.6 on average, values of 13.4, filler of 6.8; in 10 % there is room
 for four values of eight). Neighbours merged by `pool` are still told apart at 50 %. `fastv` and `corematching` choose
 by what the last token looks at, which here is one question of eight or filler; they are made for prompts that end with
 their question.
