@@ -63,10 +63,10 @@ with SiLU that were not trained for it. The ReLU model's gates are zero for 56 %
 Recall says nothing about an MLP's neurons: this task needs attention alone, 90 % of the neurons, chosen at random, can
 go. `teal`, which thins attention's inputs as well, loses it from 70 % on; with greedy shares, which spare attention,
 most of it stays at 90 %. Recall also tells methods for tokens apart. `norm` loses nothing as long as 30 % of the
-context are kept (in front of the cut keys have a norm of 9.6 on average, values of 13.4, filler of 6.8; in 10 % there is room
-for four values of eight). Neighbours merged by `pool` are still told apart at 50 %. `fastv` and `corematching` choose
-by what the last token looks at, which here is one question of eight or filler; they are made for prompts that end with
-their question.
+context are kept (in front of the cut keys have a norm of 9.6 on average, values of 13.4, filler of 6.8; in 10 % there
+is room for four values of eight). Neighbours merged by `pool` are still told apart at 50 %. `fastv` and `corematching`
+choose by what the last token looks at, which here is one question of eight or filler; they are made for prompts that
+end with their question.
 """
 
 
