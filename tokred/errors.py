@@ -26,6 +26,7 @@ __all__ = [
     "TokredError",
     "UnknownMethod",
     "VerifyError",
+    "in_a_line",
     "nearest",
 ]
 
@@ -64,6 +65,11 @@ class StrictError(TokredError):
 
 class VerifyError(TokredError):
     """A compiled graph differs from eager by more than its passes promise."""
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says: what a report or the log has room for."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,12 +15,7 @@ from tokred import Place
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.sites import make_site
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def halved(tokens: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

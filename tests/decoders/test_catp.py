@@ -18,12 +18,7 @@ from tokred.registry.recipe import parse_recipe
 from tokred.registry.visual import VisualCut
 from tokred.testing.sites import make_site
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def method(recipe: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
@@ -24,12 +23,7 @@ ROUNDED = 3e-7  # generate() returns them in float32
 DECODERS = ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "opt"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    tokred.reset()
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def core_of(rows: list[Tensor], keep: float, token_keep: float) -> set[int]:

@@ -21,11 +21,7 @@ SIMILAR, REPEATS, LOCAL, KEEP = 0.5, 3, 0.4, 0.4
 RECIPE = f"correlation(keep={KEEP}, similar={SIMILAR}, repeats={REPEATS}, local={LOCAL}, shallow=0.4)"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def documents(batch: int = 3) -> dict[str, Tensor]:

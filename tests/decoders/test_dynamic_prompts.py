@@ -10,12 +10,7 @@ import torch
 import tokred
 from tests.decoders.models import IMAGE, LENGTH, SPAN, VLMS, build, prompts
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.mark.slow

@@ -17,12 +17,7 @@ from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
 from tokred.testing.sites import make_site
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def windows(patches: int, tokens: int) -> list[list[int]]:

@@ -17,12 +17,7 @@ from tests.decoders.test_catp import two_images
 from tokred.compiler.caches import Kept
 from tokred.generation import PrunedLayer, _adopt, with_pruned_caches
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def generated(model: Any, inputs: dict[str, Any], steps: int, **options: Any) -> list[list[int]]:

@@ -22,12 +22,7 @@ from tokred.generation import PrunedLayer
 from tokred.registry.prune.mixture_of_depths import MixtureOfDepths
 from tokred.registry.recipe import parse_recipe
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def routers(layers: int = 5, channels: int = 64) -> dict[str, Tensor]:

@@ -23,11 +23,7 @@ CASES = [("llama", "fastv(layer=2, keep=0.5)"), ("llama", "todre(keep=0.4)"), ("
 COMPACT: dict[str, Any] = {"lower": "eager", "positions": "compact", "spans": {"visual": SPAN}}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Turns(torch.nn.Module):

@@ -18,11 +18,7 @@ from tokred.testing import TinyViT
 VISUAL = {"spans": {"visual": SPAN}}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def refusals(model: Any, recipe: str, options: dict[str, Any]) -> list[str]:

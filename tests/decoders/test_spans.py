@@ -22,12 +22,7 @@ from tokred.compiler.spans import Spans
 from tokred.errors import OptionError
 from tokred.registry.spans import derived
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def small() -> Any:

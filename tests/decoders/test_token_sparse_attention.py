@@ -53,11 +53,7 @@ def reference(name: str, layers: set[int], valid: Tensor) -> Iterator[nn.Module]
         _valid.clear()
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.mark.slow

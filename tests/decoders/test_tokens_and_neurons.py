@@ -18,11 +18,7 @@ from tests.passes.test_skip_weights import limits_of, only_decoding
 FASTV, CATS = "fastv(layer=2, keep=0.5)", "cats(sparsity=0.5)"
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def generated(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,7 @@ from tokred import Merge, Reduction
 from tokred.registry.maps import joined
 from tokred.testing import check_method
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    tokred.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @dataclass(frozen=True)

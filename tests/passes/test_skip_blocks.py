@@ -26,12 +26,7 @@ MLPS = {  # what gives a layer's MLP's share of the stream, norms and scales beh
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    tokred.reset()
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def dinov2() -> Any:

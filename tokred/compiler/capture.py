@@ -14,6 +14,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokred.compiler.vmaps import open_vmaps
+from tokred.errors import in_a_line
 
 __all__ = [
     "STRIDED",
@@ -55,7 +56,7 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     except Exception as error:
         # a graph that holds the opening and closing of a vmap was left between them
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-        raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise CaptureFailed(in_a_line(error)) from error
     traced, signature = cast(fx.GraphModule, exported[0]), exported[1]
     _restore_attributes(traced, gm, signature)
     _restore_mutations(traced, signature)

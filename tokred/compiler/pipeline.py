@@ -27,7 +27,7 @@ from tokred.compiler.report import GraphReport, PassReport, Refusal
 from tokred.compiler.spans import scattered_span
 from tokred.compiler.summary import model_name, summarize
 from tokred.compiler.verify import verified
-from tokred.errors import StrictError, TokredError
+from tokred.errors import StrictError, TokredError, in_a_line
 from tokred.registry.attention import AttentionRewrite
 from tokred.registry.frames import FrameFusion
 from tokred.registry.method import Reduction
@@ -271,8 +271,7 @@ def _pack(graph: fx.GraphModule, options: Options, report: GraphReport) -> Packi
     try:
         found = pack_tokens(graph, options)
     except Exception as error:
-        text = str(error).splitlines()
-        found = Refusal("pass-raised", f"{type(error).__name__}: {text[0] if text else ''}", "pack_tokens")
+        found = Refusal("pass-raised", in_a_line(error), "pack_tokens")
         log.warning("pass pack_tokens was left out: %s", found.reason)
     entry.seconds = time.perf_counter() - started
     if isinstance(found, Refusal):
@@ -311,8 +310,7 @@ def _timed(name: str, exact: bool, run: Any, graph: fx.GraphModule, report: Grap
             raise TypeError(f"the pass returned {type(result).__name__}, not a GraphModule")
         result.graph.lint()
     except Exception as error:
-        text = str(error).splitlines()
-        entry.refusals.append(Refusal("pass-raised", f"{type(error).__name__}: {text[0] if text else ''}", name))
+        entry.refusals.append(Refusal("pass-raised", in_a_line(error), name))
         log.warning("pass %s was left out: %s", name, entry.refusals[-1].reason)
         return graph
     finally:

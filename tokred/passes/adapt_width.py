@@ -14,6 +14,7 @@ from tokred.compiler.blocks import Attention, Blocks, Mlp
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.record import record
 from tokred.compiler.report import Refusal
+from tokred.errors import in_a_line
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
 from tokred.registry.sparsify.adaptive_width import AdaptiveWidth
@@ -48,8 +49,7 @@ def adapt_width(gm: fx.GraphModule, blocks: Blocks, methods: Sequence[AdaptiveWi
         try:
             node, words = _replace(copy.graph, copies[mlp.inputs[0].input], copies[mlp.down], method, mlp.layer)
         except Exception as error:
-            text = str(error).strip().splitlines()
-            reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
+            reason = f"{method.name}: {in_a_line(error)}"
             done.refused[mlp] = (method, Refusal("method-raised", reason, where))
             continue
         changed.append(node)

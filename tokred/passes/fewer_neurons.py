@@ -24,6 +24,7 @@ from tokred.compiler.neurons import NeuronSite
 from tokred.compiler.record import record
 from tokred.compiler.relaid import untracked
 from tokred.compiler.requests import Choice
+from tokred.errors import in_a_line
 from tokred.passes.graph_edit import inherit
 from tokred.passes.indices import same_shape
 
@@ -178,8 +179,7 @@ def _obstacle(fewer: Fewer, axes: Axes, parameters: Mapping[str, Tensor]) -> str
     try:
         _try(fewer)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        return f"with fewer neurons: {type(error).__name__}: {text[0] if text else ''}"
+        return f"with fewer neurons: {in_a_line(error)}"
     return ""
 
 

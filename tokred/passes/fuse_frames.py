@@ -20,6 +20,7 @@ from tokred.compiler.relations import Op
 from tokred.compiler.report import Refusal
 from tokred.compiler.spans import Span, scattered_span
 from tokred.compiler.towers import Tower, find_tower
+from tokred.errors import in_a_line
 from tokred.passes.graph_edit import copy_graph
 from tokred.passes.site_tensors import RAGGED, number, visible
 from tokred.passes.sites import refuse
@@ -77,8 +78,7 @@ def fuse_frames(gm: fx.GraphModule, blocks: Blocks, options: Options) -> Fused:
     except _Unfit as unfit:
         return Fused(gm, refusals=[refuse(unfit.code, f"{method.name}: {unfit}", block)])
     except Exception as error:
-        text = str(error).strip().splitlines()
-        reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
+        reason = f"{method.name}: {in_a_line(error)}"
         return Fused(gm, refusals=[refuse("method-raised", reason, block)])
 
 

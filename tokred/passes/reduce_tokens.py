@@ -22,6 +22,7 @@ from tokred.compiler.report import Refusal
 from tokred.compiler.spans import Span, Spans
 from tokred.compiler.staging import Stage, rows_of
 from tokred.compiler.suffix import Suffix, follow
+from tokred.errors import in_a_line
 from tokred.passes.compact_positions import CODE, CompactPositions
 from tokred.passes.detours import Detour, Detours
 from tokred.passes.site_tensors import SiteTensors, number, rows_at, tower_of
@@ -161,7 +162,7 @@ class _Run:
                 raise
             block, applied = next(reversed(self.reduced.applied.items()))
             code = "shape-mismatch" if type(error).__name__ == "ShapeMismatch" else "rewrite-failed"
-            raise _SiteFailed({(block, applied.method.name): refuse(code, _sentence(error), block)}) from error
+            raise _SiteFailed({(block, applied.method.name): refuse(code, in_a_line(error), block)}) from error
 
     def _check_caches(self) -> None:
         """Keys of tokens that are gone are nobody's: what is made of them may stay short as a cache, or not be cut."""
@@ -257,7 +258,7 @@ class _Run:
                 return refusal
             token_map, reduced, weight = self._plan(block, method, place, span, value)
         except Exception as error:
-            return refuse("method-raised", f"{method.name}: {_sentence(error)}", block)
+            return refuse("method-raised", f"{method.name}: {in_a_line(error)}", block)
         stage = self._stage(value, block, place, token_map, reduced, exits)
         stage.ordered, stage.compact = method.merges == "visual" and is_causal(block), compact
         if compact:
@@ -371,8 +372,3 @@ class _Run:
             if getattr(value, "staged", False):
                 lengths[node] = dict(enumerate(value.shape))
         return lengths
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -15,6 +15,7 @@ from tokred.compiler.causal import hides_earlier_keys, is_causal
 from tokred.compiler.record import record
 from tokred.compiler.relations import Op, same
 from tokred.compiler.report import Refusal
+from tokred.errors import in_a_line
 from tokred.passes.graph_edit import copy_graph, inherit, keep_output_strides, refresh
 from tokred.passes.indices import same_shape
 from tokred.passes.outcome import Outcome
@@ -68,8 +69,7 @@ def _replace_all(done: Rewritten, gm: fx.GraphModule, anchors: Mapping[Attention
         try:
             changed.append(_replace(copy.graph, copies[anchors[block]], method))
         except Exception as error:
-            text = str(error).strip().splitlines()
-            reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
+            reason = f"{method.name}: {in_a_line(error)}"
             done.refused[block] = (method, refuse("method-raised", reason, block))
             del done.applied[block]
     if changed:

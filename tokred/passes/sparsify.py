@@ -19,6 +19,7 @@ from tokred.compiler.neurons import NeuronSite, decodes, find_experts, find_neur
 from tokred.compiler.relaid import erase_unused_copies
 from tokred.compiler.report import Refusal
 from tokred.compiler.requests import Votes
+from tokred.errors import in_a_line
 from tokred.passes.choose_blocks import block_masked, unsplit
 from tokred.passes.choose_neurons import Choosing
 from tokred.passes.fewer_neurons import masked
@@ -239,8 +240,7 @@ def _rewrite(
             else:
                 changed.append(_mask(copy.graph, copies, site, method))
         except Exception as error:
-            text = str(error).strip().splitlines()
-            reason = f"{method.name}: {type(error).__name__}: {text[0] if text else ''}"
+            reason = f"{method.name}: {in_a_line(error)}"
             done.refused[site.block] = (method, Refusal("method-raised", reason, _where(site.block)))
             del done.applied[site.block]
             others = [(other, its) for other, its in chosen if other.block is not site.block]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokred.errors import ArgumentError
+from tokred.registry.imported import imported
 from tokred.registry.method import check_fraction
 from tokred.registry.register import register
 from tokred.registry.site import Place, Site, precise
@@ -108,20 +107,7 @@ class MixtureOfDepths(VisualCut):
 def _imported(method: str, given: Any) -> Routers:
     """Routers from a path or from tensors by name. Raises ArgumentError for what is neither, or holds none."""
     wanted = 'a safetensors file or a dict, tensors such as "layers.8.router.weight" [C] and "layers.8.router.bias" [1]'
-    if isinstance(given, (str, Path)):
-        try:
-            from safetensors.torch import load_file
-
-            tensors: Mapping[str, Tensor] = load_file(given)
-        except ImportError:
-            raise ArgumentError(f"{method}(routers={str(given)!r}): install safetensors to read it") from None
-        except Exception as error:
-            raise ArgumentError(f"{method}(routers={str(given)!r}): {type(error).__name__}: {error}") from None
-        shown = repr(str(given))
-    elif isinstance(given, Mapping) and all(isinstance(tensor, Tensor) for tensor in given.values()):
-        tensors, shown = given, "{...}"
-    else:
-        raise ArgumentError(f"{method}(routers={given!r}): {wanted}")
+    shown, tensors = imported(method, "routers", given, wanted)
     found: dict[tuple[int, str], Tensor] = {}
     for name, tensor in tensors.items():
         match = NAMES.fullmatch(str(name))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch.nn.functional import linear
 
 from tokred.backends.kernels.learners import ACTIVATIONS, masked_learners, nested_learners
 from tokred.errors import ArgumentError
+from tokred.registry.imported import imported
 from tokred.registry.method import Method
 from tokred.registry.register import register
 
@@ -135,20 +134,7 @@ class AdaptiveWidth(Method):
 
 def _imported(method: str, given: Any) -> Imported:
     """Learners from a path or from tensors by name. Raises ArgumentError for what is neither, or does not fit."""
-    if isinstance(given, (str, Path)):
-        try:
-            from safetensors.torch import load_file
-
-            tensors: Mapping[str, Tensor] = load_file(given)
-        except ImportError:
-            raise ArgumentError(f"{method}(learners={str(given)!r}): install safetensors to read it") from None
-        except Exception as error:
-            raise ArgumentError(f"{method}(learners={str(given)!r}): {type(error).__name__}: {error}") from None
-        shown = repr(str(given))
-    elif isinstance(given, Mapping) and all(isinstance(tensor, Tensor) for tensor in given.values()):
-        tensors, shown = given, "{...}"
-    else:
-        raise ArgumentError(f"{method}(learners={given!r}): {WANTED}")
+    shown, tensors = imported(method, "learners", given, WANTED)
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAMES.fullmatch(str(name))
