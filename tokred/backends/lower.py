@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 __all__ = ["lower"]
 
@@ -21,6 +22,7 @@ def lower(
 ) -> Callable[..., Any]:
     """Compile `gm`. `patches` and what `mode` stands for are Inductor settings for this compilation alone."""
     if how == "eager":
+        _LazyGraphModule.force_recompile(gm)  # its code now: until then `forward` is what writes the code
         return gm.forward
     if how == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager

@@ -107,7 +107,7 @@ class Aligner:
         if any(isinstance(f, Batch) for factors in value.layout.values() for f in factors):
             return value, dim
         for slot, factors in step.broadcast:
-            if (slot.name, slot.index) == key and any(isinstance(f, Batch) for f in factors):
+            if (slot.name, slot.item) == key and any(isinstance(f, Batch) for f in factors):
                 break
         else:
             raise CannotAlign("a side input has no place for the batch that its rows now depend on")

@@ -95,7 +95,7 @@ class Axes:
         return self._dims[node][0]
 
     def _slot(self, op: Op, slot: Slot) -> Dim:
-        return self._slot_dims(op, slot.name, slot.index)[slot.dim]
+        return self._slot_dims(op, slot.name, slot.item)[slot.dim]
 
     def _link(self, op: Op, link: Link, dims: list[list[Dim]]) -> None:
         slots = [self._slot(op, slot) for slot in link.ins]

@@ -6,7 +6,6 @@ a rule is opaque: tokens are restored before it, and the report says so. Ops tha
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +115,7 @@ def attention(op: Op) -> Flow:
     rank = len(op.shape("key"))
     ins = {"query": "* n d", "key": "* m d", "value": "* m e", "attn_mask": "* n m"}
     links = einlinks(op, ins, "* n e")
-    return [replace(link, kind=Kind.ATTEND) if link.ins[0] == Slot("key", 0, rank - 2) else link for link in links]
+    return [link._replace(kind=Kind.ATTEND) if link.ins[0] == Slot("key", 0, rank - 2) else link for link in links]
 
 
 @rule(aten.einsum.default)

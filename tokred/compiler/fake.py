@@ -22,7 +22,7 @@ def run_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     FakeTensorMode spends milliseconds an op on symbols, devices and its cache. Where sizes are numbers and all tensors
     are on one device, as almost always in a rewrite, the op's meta kernel alone says the same.
     """
-    leaves = _pytree.tree_leaves((args, kwargs))
+    leaves = [leaf for value in (*args, *kwargs.values()) for leaf in _parts(value)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if _is_plain(func, kwargs, leaves, tensors):
         first: Any = tensors[0]
@@ -32,6 +32,8 @@ def run_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         except NotImplementedError:  # no meta kernel
             pass
         else:
+            if isinstance(out, torch.Tensor):
+                return _on_device(out, first)
             return _pytree.tree_map_only(torch.Tensor, lambda t: _on_device(t, first), out)
     with torch.no_grad(), enable_python_dispatcher(), detect_fake_mode(tensors) or nullcontext():
         return func(*args, **kwargs)
@@ -54,6 +56,11 @@ def _is_plain(func: Any, kwargs: dict[str, Any], leaves: list[Any], tensors: lis
         and func.namespace == "aten"
         and not any(tag in func.tags for tag in UNKNOWN_SHAPE)
     )
+
+
+def _parts(value: Any) -> Any:
+    """An argument of an ATen op is a list at most, of no lists."""
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _on_device(out: torch.Tensor, like: Any) -> torch.Tensor:

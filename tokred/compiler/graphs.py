@@ -8,16 +8,23 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from tokred.compiler.relations import Op
 
-__all__ = ["CONVOLUTIONS", "PRODUCTS", "ancestors", "between", "nearest", "projects", "reaches", "times"]
+__all__ = ["CONVOLUTIONS", "PRODUCTS", "ancestors", "as_module", "between", "nearest", "projects", "reaches", "times"]
 
 aten = torch.ops.aten
 
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default, aten.einsum.default}
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
+
+
+def as_module(source: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs `graph`, with the attributes of `source`. Its Python code is written when it is first run or
+    printed, as most graphs between two passes never are."""
+    return _LazyGraphModule(source, graph)
 
 
 def projects(node: fx.Node) -> bool:

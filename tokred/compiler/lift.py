@@ -17,6 +17,7 @@ from torch import fx
 from tokred.compiler.align import ATTENTION, Aligner, CannotAlign, Value
 from tokred.compiler.capture import STRIDED, source_line
 from tokred.compiler.fake import run_fake
+from tokred.compiler.graphs import as_module
 from tokred.compiler.record import record
 from tokred.compiler.relations import Link, Op, Window, flow_of, same
 from tokred.compiler.staging import (
@@ -278,7 +279,7 @@ class Lift:
 
         results: Any = fx.map_arg(output.args[0], final)
         self.graph.output((*results, *extra))
-        module = fx.GraphModule(self.source, self.graph)
+        module = as_module(self.source, self.graph)
         self.graph.eliminate_dead_code()
         module.recompile()
         return module

@@ -18,6 +18,7 @@ from tokred.compiler.caches import Delivered
 from tokred.compiler.capture import CaptureFailed, capture
 from tokred.compiler.cost import Gate
 from tokred.compiler.extras import Extra, extras_of, fakes_of, keep_sources, with_extras
+from tokred.compiler.graphs import as_module
 from tokred.compiler.lighten import Lighter, lighten
 from tokred.compiler.memory import Memory
 from tokred.compiler.options import Options
@@ -291,7 +292,7 @@ def _plugins(
     for name, exact, run in plugin_passes(stage, options):
         copy = fx.Graph()
         copy.output(copy.graph_copy(graph.graph, {}))
-        result = _timed(name, exact, run, fx.GraphModule(graph, copy), report)
+        result = _timed(name, exact, run, as_module(graph, copy), report)
         if report.passes[-1].changes and not report.passes[-1].refusals:
             graph = result
             observe(name, graph)

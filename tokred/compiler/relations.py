@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -36,12 +35,11 @@ __all__ = [
 Size = Any  # int | torch.SymInt
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One dimension of one tensor argument: the argument's schema name, its place in a list argument, the dimension."""
 
     name: str
-    index: int
+    item: int
     dim: int
 
 
@@ -57,8 +55,7 @@ class Kind(enum.Enum):
     SOFTMAX = "softmax"  # normalised along the dimension, one output per input
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """These dimensions run over the same index."""
 
     kind: Kind
@@ -67,8 +64,7 @@ class Link:
     broadcast: tuple[Slot, ...] = ()  # size-one dimensions that stretch over this index; -1 is one before the first
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Rows [start, stop) of an input dimension; `out` is None where the dimension is dropped (select)."""
 
     source: Slot
@@ -77,16 +73,14 @@ class Window:
     out: tuple[int, int] | None
 
 
-@dataclass(frozen=True)
-class Join:
+class Join(NamedTuple):
     """Concatenation: the parts, in order, make up the output dimension."""
 
     parts: tuple[Slot, ...]
     out: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Reshape:
+class Reshape(NamedTuple):
     """The result is the argument's elements in the same order, in another shape."""
 
     name: str
@@ -196,7 +190,21 @@ def same(a: Size, b: Size) -> bool:
 
 def pointwise(op: Op) -> Flow:
     """[.. a ..] [.. a|1 ..] -> [.. a ..], aligned from the right."""
-    return [*einlinks(op, {name: "*" for name, _, _ in op.tensors()}, "*")]
+    shapes = [(name, index, node.meta["val"].shape) for name, index, node in op.tensors()]
+    out = op.out_shape()
+    links = []
+    for dim, size in enumerate(out):
+        over: list[Slot] = []
+        stretched: list[Slot] = []
+        for name, index, shape in shapes:
+            at = dim - len(out) + len(shape)  # below zero: so many dimensions before the first
+            if at >= 0 and same(shape[at], size):
+                over.append(Slot(name, index, at))
+            elif at < 0 or same(shape[at], 1):
+                stretched.append(Slot(name, index, at))
+        if over:
+            links.append(Link(Kind.EACH, tuple(over), ((0, dim),), tuple(stretched)))
+    return links
 
 
 def einlinks(op: Op, ins: dict[str, str], out: str, result: int = 0) -> list[Link]:

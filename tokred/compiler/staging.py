@@ -164,7 +164,7 @@ class _Step:
         return self.result
 
     def factors(self, slot: Slot) -> tuple[Factor, ...] | None:
-        return self.layouts.get((slot.name, slot.index), {}).get(slot.dim)
+        return self.layouts.get((slot.name, slot.item), {}).get(slot.dim)
 
     def link(self, link: Link) -> str | None:
         self.seen.update(link.ins)
@@ -184,7 +184,7 @@ class _Step:
         if link.kind in (Kind.MAX, Kind.SOFTMAX) and len(target) != len(rows):
             return f"{self.op.target} runs over the batch"
         for slot in link.ins:
-            before, after = self.needs.setdefault((slot.name, slot.index), ({}, {}))
+            before, after = self.needs.setdefault((slot.name, slot.item), ({}, {}))
             if slot.dim not in before:
                 before[slot.dim] = tuple(_at_root(f) for f in target)
             after[slot.dim] = target
@@ -254,7 +254,7 @@ class _Step:
         if len(staged) > 1 or len(factors) != 1 or not isinstance(factors[0], Rows):
             return f"{self.op.target} joins more than one reduced axis"
         rows = factors[0]
-        lengths = [self.op.shape(slot.name, slot.index)[slot.dim] for slot in join.parts]
+        lengths = [self.op.shape(slot.name, slot.item)[slot.dim] for slot in join.parts]
         if not all(isinstance(n, int) for i, n in enumerate(lengths) if i != place):
             return f"{self.op.target} joins tokens with a run-time number of others"
         lo, hi = rows.lo - sum(lengths[:place]), rows.hi - sum(lengths[place + 1 :])

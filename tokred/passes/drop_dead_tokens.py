@@ -8,7 +8,8 @@ with the rows that nobody reads left out. The same numbers, less work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from tokred.compiler.axes import Axes
 from tokred.compiler.axis_moves import refine
 from tokred.compiler.capture import is_parameter, source_line, tensor_meta
 from tokred.compiler.lift import Lift
-from tokred.compiler.relations import Kind, Link, Op, Reshape, Slot, Window, flow_of, same
+from tokred.compiler.relations import Flow, Kind, Link, Op, Reshape, Slot, Window, flow_of, same
 from tokred.compiler.staging import Rows, Stage
 from tokred.registry.ends import Ends
 
@@ -30,6 +31,9 @@ aten = torch.ops.aten
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 WORTH = {torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.aten.matmul.default, SDPA}
+
+
+Bound = Callable[[fx.Node], tuple[Op, Flow | None]]
 
 
 class Demand(NamedTuple):
@@ -67,13 +71,16 @@ def drop_dead_tokens(gm: fx.GraphModule, log: list[str]) -> fx.GraphModule:
 def _demands(gm: fx.GraphModule) -> dict[fx.Node, dict[int, Demand]]:
     """For each tensor, the dimensions of which only a few rows at the ends are read; others are read whole."""
     demands: dict[fx.Node, dict[int, Demand]] = {}
+    bound = cache(_bound)
     for node in reversed(gm.graph.nodes):
         meta = tensor_meta(node)
         if meta is None or node.op != "call_function" or not node.users:
             continue
+        if any(_reads_all(user, demands, bound) for user in node.users):
+            continue
         wanted: dict[int, Demand] = {}
         for dim, size in enumerate(meta.shape):
-            demand = _together(_read(user, node, dim, demands) for user in node.users)
+            demand = _together(_read(user, node, dim, demands, bound) for user in node.users)
             if demand and node.target is SDPA and Op(node)["is_causal"] and not _causal_ends(demand):
                 continue
             if demand and isinstance(size, int) and 0 < 2 * (demand.head + demand.tail) * demand.outer <= size:
@@ -94,12 +101,25 @@ def _together(reads: Iterable[Demand | None]) -> Demand | None:
     return Demand(head, tail, outer or 1)
 
 
-def _read(user: fx.Node, node: fx.Node, dim: int, demands: dict[fx.Node, dict[int, Demand]]) -> Demand | None:
-    """Which rows of `node` along `dim` this user reads, None for all."""
+def _bound(node: fx.Node) -> tuple[Op, Flow | None]:
+    op = Op(node)
+    return op, flow_of(op)
+
+
+def _reads_all(user: fx.Node, demands: dict[fx.Node, dict[int, Demand]], bound: Bound) -> bool:
+    """Of whatever it reads, along whatever dimension: all of its own result is read, and it is no slice."""
     if user.op != "call_function":
-        return None
-    op = Op(user)
-    flow = flow_of(op)
+        return True
+    if user in demands or isinstance(user.meta.get("val"), (list, tuple)):
+        return False
+    return not any(isinstance(relation, Window) for relation in bound(user)[1] or [])
+
+
+def _read(
+    user: fx.Node, node: fx.Node, dim: int, demands: dict[fx.Node, dict[int, Demand]], bound: Bound
+) -> Demand | None:
+    """Which rows of `node` along `dim` this user reads, None for all."""
+    op, flow = bound(user)
     slots = [Slot(name, i, dim) for name, i, arg in op.tensors() if arg is node]
     if flow is None or not slots:
         return None
@@ -109,9 +129,9 @@ def _read(user: fx.Node, node: fx.Node, dim: int, demands: dict[fx.Node, dict[in
     return _together(_read_slot(op, flow, slot, wanted) for slot in slots)
 
 
-def _read_slot(op: Op, flow: Any, slot: Slot, wanted: list[list[dict[int, Demand]]]) -> Demand | None:
+def _read_slot(op: Op, flow: Flow, slot: Slot, wanted: list[list[dict[int, Demand]]]) -> Demand | None:
     """`wanted`: for each result what each of its readers reads."""
-    size = op.shape(slot.name, slot.index)[slot.dim]
+    size = op.shape(slot.name, slot.item)[slot.dim]
     reads: list[Demand | None] = []
     for relation in flow:
         if isinstance(relation, Link) and slot in relation.ins:
@@ -171,7 +191,7 @@ def _narrow(lift: Lift, node: fx.Node, dim: int, demand: Demand, axes: Axes, sta
     slots = _sources(op, dim)
     if slots is None:
         return
-    inputs = [(slot, op.operand(slot.name, slot.index)) for slot in slots]
+    inputs = [(slot, op.operand(slot.name, slot.item)) for slot in slots]
     if any(isinstance(v := lift.env[arg], Value) and v.staged for _, arg in inputs):
         return
     slot, source = next(((s, a) for s, a in inputs if not is_parameter(a)), inputs[0])

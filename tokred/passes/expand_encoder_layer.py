@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tokred.compiler.capture import trace_into
+from tokred.compiler.graphs import as_module
 from tokred.compiler.relations import Op
 
 __all__ = ["expand_encoder_layer"]
@@ -34,7 +35,7 @@ def expand_encoder_layer(gm: fx.GraphModule) -> fx.GraphModule:
             if made not in before:
                 made.meta.update({k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in node.meta})
     graph.lint()
-    return fx.GraphModule(gm, graph)
+    return as_module(gm, graph)
 
 
 def _layer(a: dict[str, Any]) -> Tensor:

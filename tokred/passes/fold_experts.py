@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from tokred.backends.kernels.experts import routed_experts
 from tokred.compiler.capture import tensor_meta, trace_into
+from tokred.compiler.graphs import as_module
 from tokred.compiler.relations import Op, same
 
 __all__ = ["fold_experts"]
@@ -62,7 +63,7 @@ def fold_experts(gm: fx.GraphModule) -> fx.GraphModule:
         for made in graph.nodes:
             if made not in before:
                 made.meta.update({k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in node.meta})
-    folded = fx.GraphModule(gm, graph)
+    folded = as_module(gm, graph)
     graph.eliminate_dead_code()
     graph.lint()
     folded.recompile()

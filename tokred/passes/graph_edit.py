@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from tokred.compiler.capture import tensor_meta, trace_into
+from tokred.compiler.graphs import as_module
 from tokred.passes.indices import same_shape
 
 __all__ = ["copy_graph", "erase_unused", "inherit", "keep_output_strides", "refresh"]
@@ -28,7 +29,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.output(graph.graph_copy(gm.graph, env))
     output.meta = dict(gm.graph.output_node().meta)
     graph._codegen = gm.graph._codegen
-    new = fx.GraphModule(gm, graph)
+    new = as_module(gm, graph)
     new.meta = dict(gm.meta)
     return new
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from tokred.compiler.axes import Axes, Dim
 from tokred.compiler.capture import tensor_meta
 from tokred.compiler.fake import run_fake
+from tokred.compiler.graphs import as_module
 from tokred.compiler.lift import VIEWS, by_schema
 from tokred.compiler.record import record
 from tokred.compiler.relations import Kind, Link, Op, Reshape, Window, flow_of, same
@@ -84,7 +85,7 @@ class Pack:
             raise PaddingIsRead("no-attention", "no attention is reached by packed rows", output)
         self.graph.output(fx.map_arg(output.args[0], lambda n: self._whole(n, output)))
         self.graph.eliminate_dead_code()
-        packed = fx.GraphModule(self.gm, self.graph)
+        packed = as_module(self.gm, self.graph)
         keep_output_strides(packed, self.gm)
         packed.recompile()
         return packed
@@ -145,7 +146,7 @@ class Pack:
         flow = flow_of(op)
         for relation in flow or []:
             slots = [] if isinstance(relation, Reshape) else _slots(relation)
-            staged = any(slot.dim in layouts.get((slot.name, slot.index), {}) for slot in slots)
+            staged = any(slot.dim in layouts.get((slot.name, slot.item), {}) for slot in slots)
             if staged and not (isinstance(relation, Link) and relation.kind is Kind.EACH):
                 return None
         step = advance(op, layouts)
@@ -153,7 +154,7 @@ class Pack:
             return None
         nodes: dict[tuple[str, int], fx.Node] = {}
         for name, i, arg in op.tensors():
-            mine = [(slot.dim, f) for slot, f in step.broadcast if (slot.name, slot.index) == (name, i)]
+            mine = [(slot.dim, f) for slot, f in step.broadcast if (slot.name, slot.item) == (name, i)]
             stretched = [dim for dim, factors in mine if rows_of({0: factors})]
             before, _ = step.needs.get((name, i), ({}, {}))
             packed = self._side(self.env[arg], before, stretched)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from tokred.compiler.capture import tensor_meta
-from tokred.compiler.graphs import ancestors
+from tokred.compiler.graphs import ancestors, as_module
 from tokred.compiler.record import record
 from tokred.compiler.relations import Op, same
 from tokred.compiler.work import flops
@@ -111,7 +111,7 @@ class Claims:
 
         graph.output((record(graph, real, (seen, shown[0])),))
         graph.eliminate_dead_code()
-        return fx.GraphModule(gm, graph)
+        return as_module(gm, graph)
 
     def _shows(self, node: fx.Node) -> bool:
         meta = tensor_meta(node)

@@ -124,6 +124,7 @@ class _Run:
         self.reduced = Reduced(gm)
         self.caches = find_caches(gm, blocks.attentions)
         self.detours = Detours(self.lift)
+        self.suffixes: dict[tuple[Attention, bool, frozenset[Any]], Suffix] = {}
         self.spans = {b: spans.of(b, "visual") for b in blocks.attentions}
         self.tensors = SiteTensors(self.lift, axes, blocks, spans)
         self.positions = CompactPositions(gm, blocks.attentions, self.lift, self.tensors)
@@ -237,7 +238,7 @@ class _Run:
         exits = frozenset([block.join]) if trip else frozenset()
         end = self.blocks.end_of_layer(block) if method.skips else None
         around = exits if end is None else frozenset([end])
-        suffix = follow(node, block.batch_dim, block.token_dim, consumers=users, exits=around)
+        suffix = self._follow(node, block, trip, around)
         span = self.spans[block]
         place = place_of(block, node, value, suffix, span, self.tensors)
         companion = self.options.companion
@@ -275,6 +276,14 @@ class _Run:
         note = "; ".join(part for part in parts if part)
         self.reduced.applied[block] = Applied(method, place, stage.length, stage, suffix, note)
         return None
+
+    def _follow(self, node: fx.Node, block: Attention, trip: bool, exits: frozenset[Any]) -> Suffix:
+        """The same for each method that is asked here."""
+        key = block, trip, exits
+        if key not in self.suffixes:
+            users = block.entry_users if trip else None
+            self.suffixes[key] = follow(node, block.batch_dim, block.token_dim, consumers=users, exits=exits)
+        return self.suffixes[key]
 
     def _plan(
         self, block: Attention, method: Reduction, place: Place, span: Span | None, value: Any
