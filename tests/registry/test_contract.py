@@ -16,12 +16,6 @@ from tokred.testing import TinyViT, check_method, idle
 from tokred.testing.maps import check_plans
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    yield
-    torch.compiler.reset()
-
-
 def routers(layers=12, channels=32):
     """For the sites and the models of the contract, which have so many channels."""
     generator = torch.Generator().manual_seed(1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from tokred.testing.models import (
     TinyPrompt,
     TinyText,
     TinyViT,
+    Traced,
     check_dynamic,
     check_model,
     check_type,
@@ -91,7 +92,7 @@ def check_method(
     model, inputs  a model (in eval mode) and its positional inputs, to be checked instead of a small ViT, a small text
                    encoder and a small decoder with image tokens, for methods that need something these lack
 
-    Clears Dynamo's compiled code (`torch.compiler.reset`).
+    The small models are traced once a process: many methods are checked in little more time than one.
     """
     subject = _one(method)
     if isinstance(subject, LoraPrune):
@@ -122,33 +123,44 @@ def check_method(
         acted = check_plans(subject)
         assert acted or model is not None, f"{subject} removes nothing at any of the sites that it is tried at"
     if model is not None:
-        run = check_model(subject, nothing, model, tuple(inputs or ()))
+        run = check_model(subject, nothing, Traced(model), tuple(inputs or ()))
         assert run.layers, f"{subject} does not act in {type(model).__name__}: {run.refusals or 'no site was offered'}"
         return
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         _check_small_models(subject, nothing)
-    finally:
-        torch.random.set_rng_state(torch_state)
 
 
 def _check_small_models(method: Method, nothing: Method) -> None:
     runs: list[Run] = []
     torn = not (isinstance(method, Reduction) and method.merges)
-    models: list[tuple[nn.Module, Any]] = [(TinyViT(), pixels), (TinyText(), words)]
-    models.append((TinyPrompt(), partial(prompt, torn=torn)))
+    models: list[tuple[Callable[[], nn.Module], Any]] = [(TinyViT, pixels), (TinyText, words)]
+    models.append((TinyPrompt, prompt if torn else whole_prompt))
     if isinstance(method, AttentionRewrite):
-        models = [(TinyDecoder(), partial(text, tokens=long_enough(method)))]
-    for model, make in models:
+        models = [(TinyDecoder, partial(text, tokens=long_enough(method)))]
+    for kind, make in models:
         tried = any(run.layers for run in runs)
-        runs.append(check_model(method, nothing, model.eval(), make(3)))
+        runs.append(check_model(method, nothing, small(kind, make), make(3)))
         if runs[-1].layers and not tried:
-            check_type(method, model, make(1), torch.bfloat16)
-            check_dynamic(method, model.double(), [as_double(make(batch)) for batch in (3, 5)])
+            check_type(method, small(kind, make, torch.bfloat16), make(1), torch.bfloat16)
+            model = fresh(kind, torch.float64)  # of which a method may fix the sizes
+            check_dynamic(method, model, [as_double(make(batch)) for batch in (3, 5)])
     if not any(run.layers for run in runs):
         refusals = "; ".join(refusal for run in runs for refusal in run.refusals)
         raise AssertionError(f"{method} acts in no model: {refusals or 'no site was offered'}")
+
+
+@cache
+def small(kind: Callable[[], nn.Module], make: Any, dtype: torch.dtype = torch.float32) -> Traced:
+    """One of the small models, for inputs of one kind: traced for the first method that is checked, and no other."""
+    return Traced(fresh(kind, dtype))
+
+
+def fresh(kind: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """With the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind().to(dtype).eval()
 
 
 def pixels(batch: int) -> tuple[Tensor, ...]:
@@ -160,6 +172,11 @@ def words(batch: int) -> tuple[Tensor, ...]:
     """Input of TinyText: every second sample ends in four words of padding."""
     padding = 4 * (torch.arange(batch) % 2)
     return torch.randint(0, 50, (batch, 21)), torch.arange(21) < 21 - padding.unsqueeze(1)
+
+
+def whole_prompt(batch: int) -> tuple[Tensor, ...]:
+    """Input of TinyPrompt of which no word stands between image tokens."""
+    return prompt(batch, torn=False)
 
 
 def prompt(batch: int, *, torn: bool = True) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import Compiled, transform
 from tokred.registry.method import Method, Reduction
 
-__all__ = ["Run", "TinyDecoder", "TinyPrompt", "TinyText", "TinyViT", "check_model", "compiled"]
+__all__ = ["Run", "TinyDecoder", "TinyPrompt", "TinyText", "TinyViT", "Traced", "check_model", "compiled"]
 
 WIDTH, HEADS, BLOCKS = 32, 4, 3
+# Of Dynamo: one code may be compiled for any number of methods, and no size is dynamic because another was seen before.
+UNLIMITED = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16, "automatic_dynamic_shapes": False}
 
 
 class Block(nn.Module):
@@ -153,46 +155,58 @@ class Run:
         return refused + [note for report in reports for note in report.notes]
 
 
-def compiled(model: nn.Module, method: Method) -> tuple[Callable[..., Any], Run]:
-    """The model with the method in it, run by eager PyTorch, without the exact passes. Forgets what Dynamo compiled."""
-    ((function, run),) = compiled_each(model, method)
-    return function, run
+class Traced:
+    """A model that Dynamo and the capture, which know no method, see once; any number of methods follow, one by one."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._function = torch.compile(model, backend=self._compile)
+        self._numbers = count()
 
-def compiled_each(model: nn.Module, *methods: Method) -> list[tuple[Callable[..., Any], Run]]:
-    """The same for several methods, each by itself: Dynamo and the capture, which know none of them, run once."""
-    torch.compiler.reset()
-    options = [parse_options({"recipe": method, "exact": False, "lower": "eager"}) for method in methods]
-    runs, way = [Run() for _ in methods], 0
+    def under(self, method: Method) -> tuple[Callable[..., Any], Run]:
+        """The model with the method in it, run by eager PyTorch, without the exact passes."""
+        options = parse_options({"recipe": method, "exact": False, "lower": "eager"})
+        run, made = Run(), dict[int, Callable[..., Any]]()
 
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        stages: dict[str, fx.GraphModule] = {}
-        functions = []
+        def call(*args: Any) -> Any:
+            self._now = options, run, made
+            with torch._dynamo.config.patch(UNLIMITED):
+                return self._function(*args)
+
+        return call, run
+
+    def _compile(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        captured: list[fx.GraphModule] = []
+        number = next(self._numbers)
 
         def observe(stage: str, graph: fx.GraphModule) -> None:
-            stages.setdefault(stage, graph)
+            if stage == "captured" and not captured:
+                captured.append(graph)
 
-        for own, run in zip(options, runs, strict=True):
-            done = transform(gm, inputs, own, observe, captured=stages.get("captured"))
-            run.graphs.append(done)
-            graph = done.graph if done.changed else gm
-            functions.append(with_extras(graph, graph, done.extras, done.own))
-        return lambda *args: functions[way](*args)
+        def function() -> Callable[..., Any]:
+            options, run, made = self._now
+            if number not in made:
+                done = transform(gm, inputs, options, observe, captured=captured[0] if captured else None)
+                run.graphs.append(done)
+                graph = done.graph if done.changed else gm
+                made[number] = with_extras(graph, graph, done.extras, done.own)
+            return made[number]
 
-    function = torch.compile(model, backend=backend)
-
-    def under(number: int, *args: Any) -> Any:
-        nonlocal way
-        way = number
-        return function(*args)
-
-    return [(partial(under, number), run) for number, run in enumerate(runs)]
+        function()  # what the capture needs of Dynamo's graph is gone when Dynamo is done
+        return lambda *args: function()(*args)
 
 
-def check_model(method: Method, idle: Method, model: nn.Module, inputs: tuple[Any, ...]) -> Run:
+def compiled(model: nn.Module, method: Method) -> tuple[Callable[..., Any], Run]:
+    """The model with the method in it, run by eager PyTorch, without the exact passes."""
+    return Traced(model).under(method)
+
+
+def check_model(method: Method, idle: Method, traced: Traced, inputs: tuple[Any, ...]) -> Run:
     """Nothing removed: bitwise the model. Otherwise right shapes and counts, twice the same, finite gradients."""
+    model = traced.model
     where = f"{method} in {type(model).__name__}"
-    (idling, nothing), (function, run) = compiled_each(model, idle, method)
+    idling, nothing = traced.under(idle)
+    function, run = traced.under(method)
     expected = model(*inputs)
     for plain, got in zip(_leaves(expected), _leaves(idling(*inputs)), strict=True):
         assert torch.equal(plain, got), f"{where}: with nothing removed ({idle}) the output is not bitwise the model's"
@@ -223,14 +237,13 @@ def check_dynamic(method: Method, model: nn.Module, batches: list[tuple[Tensor, 
     assert run.layers, f"{method}: refused where the batch size is dynamic: {run.refusals}"
 
 
-def check_type(method: Method, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-    """One sample in another floating-point type."""
-    model = model.to(dtype)
+def check_type(method: Method, traced: Traced, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """One sample, in the floating-point type of the model."""
     inputs = tuple(x[:1].to(dtype) if x.is_floating_point() else x[:1] for x in inputs)
-    function, run = compiled(model, method)
+    function, run = traced.under(method)
     with torch.no_grad():
-        for plain, got in zip(_leaves(model(*inputs)), _leaves(function(*inputs)), strict=True):
-            _same_form(f"{method} in {type(model).__name__}, one sample, {dtype}", plain, got)
+        for plain, got in zip(_leaves(traced.model(*inputs)), _leaves(function(*inputs)), strict=True):
+            _same_form(f"{method} in {type(traced.model).__name__}, one sample, {dtype}", plain, got)
     assert run.layers, f"{method}: refused in {dtype}: {run.refusals}"
 
 
