@@ -46,8 +46,9 @@ def _once_for_each_graph(exact: Callable[..., fx.GraphModule]) -> Callable[..., 
     def run(graph: fx.GraphModule, options: Options, report: GraphReport, observe: Any, leave_out: str = "") -> Any:
         asked = (graph, options.exact, options.lower, options.passes, leave_out)
         if asked not in done:
-            alone, shown = GraphReport(model=report.model), []  # type: ignore[var-annotated]
-            result = exact(graph, options, alone, lambda *stage: shown.append(stage), leave_out)
+            alone = GraphReport(model=report.model)
+            shown: list[tuple[str, fx.GraphModule]] = []
+            result = exact(graph, options, alone, lambda stage, after: shown.append((stage, after)), leave_out)
             done[asked] = result, alone, shown
         result, alone, shown = done[asked]
         report.passes += [replace(entry) for entry in alone.passes]
