@@ -26,16 +26,24 @@ SIZES: dict[str, Any] = {
 }
 GEMMA = SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64}
 
-DECODERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=64)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=16)),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GEMMA)),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES)),
-    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SIZES)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=99, n_positions=128, n_embd=64, n_layer=5, n_head=4, bos_token_id=1, eos_token_id=2)
+DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "llama": lambda sizes: hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)),
+    "mistral": lambda sizes: hf.MistralForCausalLM(hf.MistralConfig(**sizes, sliding_window=64)),
+    "qwen2": lambda sizes: hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes)),
+    "qwen3": lambda sizes: hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes, head_dim=16)),
+    "gemma3": lambda sizes: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GEMMA | sizes)),
+    "phi3": lambda sizes: hf.Phi3ForCausalLM(hf.Phi3Config(**sizes)),
+    "olmo2": lambda sizes: hf.Olmo2ForCausalLM(hf.Olmo2Config(**sizes)),
+    "gpt2": lambda sizes: hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=99,
+            n_positions=128,
+            n_embd=64,
+            n_layer=sizes["num_hidden_layers"],
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     ),
 }
 
@@ -50,35 +58,35 @@ VISION: dict[str, Any] = {
     "patch_size": 8,
 }
 
-VLMS: dict[str, Callable[[], Any]] = {
-    "llava": lambda: hf.LlavaForConditionalGeneration(
+VLMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "llava": lambda sizes: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             vision_config=hf.CLIPVisionConfig(**VISION),
-            text_config=hf.LlamaConfig(**SIZES),
+            text_config=hf.LlamaConfig(**sizes),
             image_token_index=IMAGE,
             vision_feature_layer=-1,
         )
     ),
-    "llava_qwen3": lambda: hf.LlavaForConditionalGeneration(
+    "llava_qwen3": lambda sizes: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             vision_config=hf.SiglipVisionConfig(**VISION),
-            text_config=hf.Qwen3Config(**SIZES, head_dim=16),
+            text_config=hf.Qwen3Config(**sizes, head_dim=16),
             image_token_index=IMAGE,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
         )
     ),
-    "internvl": lambda: hf.InternVLForConditionalGeneration(
+    "internvl": lambda sizes: hf.InternVLForConditionalGeneration(
         hf.InternVLConfig(
             vision_config=hf.InternVLVisionConfig(**dict(VISION, image_size=[64, 64], patch_size=[8, 8])),
-            text_config=hf.Qwen2Config(**SIZES),
+            text_config=hf.Qwen2Config(**sizes),
             image_token_id=IMAGE,
         )
     ),
-    "llava_mistral": lambda: hf.LlavaForConditionalGeneration(
+    "llava_mistral": lambda sizes: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             vision_config=hf.CLIPVisionConfig(**VISION),
-            text_config=hf.MistralConfig(**SIZES, sliding_window=None),
+            text_config=hf.MistralConfig(**sizes, sliding_window=None),
             image_token_index=IMAGE,
             vision_feature_layer=-1,
         )
@@ -86,10 +94,10 @@ VLMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
+def build(name: str, dtype: torch.dtype = torch.float64, layers: int = 5) -> Any:
     """The same weights every time."""
     torch.manual_seed(7)
-    model: Any = (DECODERS | VLMS)[name]().to(dtype).eval()
+    model: Any = (DECODERS | VLMS)[name](SIZES | {"num_hidden_layers": layers}).to(dtype).eval()
     with torch.no_grad():  # as they are initialised, random models predict one token for ever
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -31,7 +31,7 @@ def generated(model: Any, inputs: dict[str, Any], steps: int, **options: Any) ->
 @pytest.mark.parametrize("recipe", ["visionzip(keep=0.5)", "correlation(keep=0.5)", "zoo_prune(keep=0.5, probes=2)"])
 def test_a_method_that_looks_at_the_encoder_acts_in_generate(recipe: str) -> None:
     inputs = prompts(3, model="llava")
-    model = tokred.compile(build("llava"), recipe, lower="eager")
+    model = tokred.compile(build("llava", layers=2), recipe, lower="eager")
     with torch.no_grad():
         logits = model(**inputs).logits[:, -1]
     logits[:, IMAGE] = -torch.inf
@@ -46,7 +46,7 @@ def test_a_method_that_looks_at_the_encoder_acts_in_generate(recipe: str) -> Non
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_repeated_samples_keep_their_own_images(options: dict[str, int]) -> None:
     inputs = two_images(2)  # two images a sample, so that repeating images one by one would mix them up
-    model = build("llava")
+    model = build("llava", layers=2)
     assert generated(tokred.compile(model, lower="eager"), inputs, 6, **options) == generated(
         model, inputs, 6, **options
     )
@@ -55,10 +55,10 @@ def test_repeated_samples_keep_their_own_images(options: dict[str, int]) -> None
 @pytest.mark.slow
 def test_a_forward_that_returns_a_tuple_prunes_its_caches_as_well() -> None:
     inputs = prompts(2, model="llava")
-    model = tokred.compile(build("llava"), "fastv(layer=2, keep=0.5)", lower="eager")
+    model = tokred.compile(build("llava", layers=3), "fastv(layer=1, keep=0.5)", lower="eager")
     with torch.no_grad():
         (cache,) = [part for part in model(**inputs, return_dict=False) if isinstance(part, hf.DynamicCache)]
-    assert [isinstance(layer, PrunedLayer) for layer in cache.layers] == [False, False, True, True, True]
+    assert [isinstance(layer, PrunedLayer) for layer in cache.layers] == [False, True, True]
 
 
 @pytest.mark.slow
@@ -82,12 +82,12 @@ def test_an_encoder_decoder_that_sees_encodes_ahead() -> None:
 def test_a_cache_that_is_reset_holds_another_prompt() -> None:
     """Of another batch, and without an image: what the last prompt lost is none of its business."""
     first, inputs = prompts(3, model="llava"), prompts(2)
-    model = tokred.compile(build("llava"), "fastv(layer=2, keep=0.5)", lower="eager")
+    model = tokred.compile(build("llava", layers=3), "fastv(layer=1, keep=0.5)", lower="eager")
     with torch.no_grad():
         cache = model(**first).past_key_values
         cache.reset()
         got = model(**inputs, past_key_values=cache).logits
-        wanted = build("llava")(**inputs).logits
+        wanted = build("llava", layers=3)(**inputs).logits
     real = inputs["attention_mask"].bool()
     assert cache.get_seq_length(2) == LENGTH and cache.layers[2].columns(LENGTH).tolist() == [[*range(LENGTH)]] * 2
     assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
@@ -123,10 +123,10 @@ def test_past_a_sliding_window_masks_are_read_with_their_offset() -> None:
 
 @pytest.mark.slow
 def test_beams_behind_a_pruned_prefill_are_those_behind_masked_keys() -> None:
-    inputs, plain = prompts(), build("llama")
+    inputs, plain = prompts(), build("llama", layers=3)
     plain.set_attn_implementation("oracle")
     places = torch.arange(LENGTH).expand_as(inputs["input_ids"])
-    gone = oracle.fastv(2, 0.5)(plain, inputs, (places >= SPAN[0]) & (places < SPAN[1]))
+    gone = oracle.fastv(1, 0.5)(plain, inputs, (places >= SPAN[0]) & (places < SPAN[1]))
     given: dict[str, Any] = {"attention_mask": inputs["attention_mask"], "num_beams": 3, "max_new_tokens": 8}
 
     def generated(model: Any) -> Tensor:
@@ -135,6 +135,6 @@ def test_beams_behind_a_pruned_prefill_are_those_behind_masked_keys() -> None:
 
     with oracle.masked({layer: rows.repeat_interleave(3, 0) for layer, rows in gone.items()}):
         wanted = generated(plain)
-    model = tokred.compile(build("llama"), "fastv(layer=2, keep=0.5)", lower="eager", spans={"visual": SPAN})
+    model = tokred.compile(build("llama", layers=3), "fastv(layer=1, keep=0.5)", lower="eager", spans={"visual": SPAN})
     assert torch.equal(generated(model), wanted)
     assert not torch.equal(generated(plain), wanted), "what is dropped makes no difference"

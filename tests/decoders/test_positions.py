@@ -15,11 +15,12 @@ from tests.decoders.models import LENGTH, SIZES, SPAN, build, prompts
 from tokred.errors import OptionError
 
 METHODS: dict[str, oracle.Selection] = {
-    "fastv(layer=2, keep=0.5)": oracle.fastv(2, 0.5),
-    "pyramiddrop()": oracle.pyramiddrop([1, 2, 3], 0.5),
-    "todre(keep=0.4)": diverse.todre(0.4, exit_layer=4),
+    "fastv(layer=1, keep=0.5)": oracle.fastv(1, 0.5),
+    "pyramiddrop(layers=[1, 2])": oracle.pyramiddrop([1, 2], 0.5),
+    "todre(keep=0.4)": diverse.todre(0.4, exit_layer=2),
 }
-CASES = [("llama", "fastv(layer=2, keep=0.5)"), ("llama", "todre(keep=0.4)"), ("qwen3", "pyramiddrop()")]
+CASES = [("llama", "fastv(layer=1, keep=0.5)"), ("llama", "todre(keep=0.4)"), ("qwen3", "pyramiddrop(layers=[1, 2])")]
+THREE = SIZES | {"num_hidden_layers": 3}
 COMPACT: dict[str, Any] = {"lower": "eager", "positions": "compact", "spans": {"visual": SPAN}}
 
 
@@ -36,7 +37,7 @@ class Turns(torch.nn.Module):
 
 
 def exact(name: str) -> Any:
-    model = build(name)
+    model = build(name, layers=3)
     model.model.rotary_emb = Turns()
     return model
 
@@ -76,11 +77,11 @@ def test_a_prefill_numbers_the_kept_tokens_anew(name: str, recipe: str) -> None:
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_generation_goes_on_behind_the_new_numbers(name: str, recipe: str) -> None:
     inputs = prompts()
-    plain, dropped = reference(build(name), inputs, recipe)
+    plain, dropped = reference(build(name, layers=3), inputs, recipe)
     persistent = oracle.generate(plain, inputs, dropped, 8)
     with oracle.compact(plain):
         wanted = oracle.generate(plain, inputs, dropped, 8)
-    model = tokred.compile(build(name), recipe, **COMPACT)
+    model = tokred.compile(build(name, layers=3), recipe, **COMPACT)
     given = {key: value for key, value in inputs.items() if key != "position_ids"}
     new = model.generate(**given, do_sample=False, max_new_tokens=8, suppress_tokens=[98])[:, LENGTH:]
     assert new.tolist() == wanted.tolist()
@@ -89,8 +90,8 @@ def test_generation_goes_on_behind_the_new_numbers(name: str, recipe: str) -> No
 
 @pytest.mark.slow
 def test_a_new_prompt_length_is_numbered_as_it_would_be_alone() -> None:
-    model, results = build("llama"), []
-    fast = tokred.compile(model, "fastv(layer=2, keep=0.5)", **COMPACT)
+    model, results = build("llama", layers=3), []
+    fast = tokred.compile(model, "fastv(layer=1, keep=0.5)", **COMPACT)
     for length in (LENGTH, LENGTH + 7, LENGTH + 16):
         ids = torch.randint(3, 98, (2, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
@@ -100,12 +101,12 @@ def test_a_new_prompt_length_is_numbered_as_it_would_be_alone() -> None:
     ids, logits = results[-1]
     torch.compiler.reset()
     with torch.no_grad():
-        alone = tokred.compile(model, "fastv(layer=2, keep=0.5)", dynamic=False, **COMPACT)(input_ids=ids).logits
+        alone = tokred.compile(model, "fastv(layer=1, keep=0.5)", dynamic=False, **COMPACT)(input_ids=ids).logits
     torch.testing.assert_close(logits, alone, rtol=1e-9, atol=1e-9)
 
 
 def test_positions_that_were_added_to_the_tokens_are_refused() -> None:
-    model, inputs = build("gpt2"), prompts()
+    model, inputs = build("gpt2", layers=3), prompts()
     with torch.no_grad():
         logits = tokred.compile(model, "fastv()", **COMPACT)(**inputs).logits
         torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-9, atol=1e-9)
@@ -113,7 +114,7 @@ def test_positions_that_were_added_to_the_tokens_are_refused() -> None:
 
 
 def test_three_positions_for_each_token_are_refused() -> None:
-    text = SIZES | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    text = THREE | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
     torch.manual_seed(0)
     model = hf.Qwen2VLTextModel(hf.Qwen2VLTextConfig(**text)).double().eval()
     inputs = {"inputs_embeds": torch.randn(2, LENGTH, 64, dtype=torch.float64), "use_cache": False}
@@ -127,7 +128,7 @@ def test_three_positions_for_each_token_are_refused() -> None:
 
 def test_a_window_is_refused() -> None:
     torch.manual_seed(0)
-    model = hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=8)).double().eval()
+    model = hf.MistralForCausalLM(hf.MistralConfig(**THREE, sliding_window=8)).double().eval()
     inputs = prompts() | {"use_cache": False}
     compiled = tokred.compile(model, "fastv()", **COMPACT)
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_positions_with_gaps_are_an_error() -> None:
     inputs = prompts()
     inputs["position_ids"] = 2 * inputs["position_ids"]
     with torch.no_grad(), pytest.raises(RuntimeError, match="whose positions are not 0, 1, 2"):
-        tokred.compile(build("llama"), "fastv()", **COMPACT)(**inputs)
+        tokred.compile(build("llama", layers=3), "fastv()", **COMPACT)(**inputs)
 
 
 def test_a_misspelt_policy_is_an_error() -> None:
