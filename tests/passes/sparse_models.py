@@ -48,10 +48,12 @@ MODELS: dict[str, Callable[[], Any]] = {
 GATED = ("llama", "mistral", "qwen3", "gemma3", "phi3")
 
 
-def made(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """The same weights every time, large enough that activations differ."""
+def made(name: str, dtype: torch.dtype = torch.float64, layers: int = 2) -> Any:
+    """The same weights every time, large enough that activations differ. One layer costs half: for Llama."""
     torch.manual_seed(11)
     model: Any = MODELS[name]().to(dtype).eval()
+    if layers < 2:
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
