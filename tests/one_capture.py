@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -58,17 +58,23 @@ class Ways:
     """
 
     def __init__(self, ways: Iterable[str] | Mapping[str, Mapping[str, Any]], **common: Any):
-        own = ways if isinstance(ways, Mapping) else dict.fromkeys(ways, {})
-        self.ways = {name: {"recipe": name, "lower": "eager", **common, **options} for name, options in own.items()}
-        self.way, self.companion = next(iter(self.ways)), False
-        self.reports: dict[str, list[GraphReport]] = {name: [] for name in self.ways}
+        own = ways if isinstance(ways, Mapping) else {name: {} for name in ways}
+        self.options = {name: {"recipe": name, "lower": "eager", **common, **options} for name, options in own.items()}
+        self.way, self.companion = next(iter(self.options)), False
+        self.reports: dict[str, list[GraphReport]] = {name: [] for name in self.options}
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        parsed = {name: parse_options(given, None, companion=self.companion) for name, given in self.ways.items()}
+        parsed = {name: parse_options(given, None, companion=self.companion) for name, given in self.options.items()}
         functions, reports = compile_in_ways(gm, inputs, parsed)
         for name, report in reports.items():
             self.reports[name].append(report)
         return lambda *args: functions[self.way](*args)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the ways, each while it is the one that runs."""
+        for name in self.options:
+            self.way = name
+            yield name
 
     def compile(self, model: Any, **how: Any) -> Any:
         """As `torch.compile` does with tokred's backend."""

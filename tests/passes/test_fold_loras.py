@@ -88,10 +88,10 @@ def test_every_model_computes_the_same(name, lowered, subtests):
     heads = 0 if name == "vit" else 1
     zero = 2 if name in ("llama", "vit") else 1
     ways, fast = in_ways(BOTH if name in ("llama", "gpt2", "vit") else [MERGED], model)
-    for number, ways.way in enumerate(ways.ways):
-        with subtests.test(ways.way):
+    for number, way in enumerate(ways):
+        with subtests.test(way):
             close(run(fast, inputs), wanted)
-            assert products(lowered[number]) == (plain if ways.way == MERGED else 3 * plain) + heads
+            assert products(lowered[number]) == (plain if way == MERGED else 3 * plain) + heads
             assert len(entry(ways).lines) == plain
             assert all(f": {zero} of {RANK} ranks are zero, " in line for line in entry(ways).lines)
             assert all(row.method.startswith("lora_prune") and row.refusal is None for row in ways.report.blocks)
@@ -273,7 +273,7 @@ def test_spellings(name):
     with torch.no_grad():
         model, x = Net(FOLDED[name]), torch.randn(2, RANK, 16)
         ways, fast = in_ways([MERGED] if name == "rows" else BOTH, model)
-        for ways.way in ways.ways:
+        for _ in ways:
             torch.testing.assert_close(fast(x), model(x))
             assert len(entry(ways).lines) == 1 and not entry(ways).refusals
 
@@ -312,8 +312,8 @@ def test_layers(subtests):
     model, inputs = adapted(made("llama"), PeftLinear), example("llama")
     wanted = run(model, inputs)
     ways, fast = in_ways([f"lora_prune(layers={layers})" for layers in LAYERS], model, strict=False)
-    for ways.way, folded in zip(ways.ways, LAYERS.values(), strict=True):
-        with subtests.test(ways.way):
+    for way, folded in zip(ways, LAYERS.values(), strict=True):
+        with subtests.test(way):
             close(run(fast, inputs), wanted)
             assert len(entry(ways).lines) == folded
 

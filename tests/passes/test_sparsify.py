@@ -1,7 +1,6 @@
 """Sparse methods against their definitions, which hooks that mask compute on the unmodified model."""
 
 from contextlib import suppress
-from functools import cache
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from tokred.calibrate import calibrate
 from tokred.registry.recipe import parse_recipe
 
 MEASURED = 1e-9  # relative to the outputs, in float64
+GREEDY = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
+ALLOCATED = ("llama", "phi3", "gpt2")  # whose layers get shares of their own
 
 
 def run(model, inputs):
@@ -67,10 +68,8 @@ class Case:
         self.batches = [example(name, seed) for seed in range(2)]
         self.inputs = self.batches[0]
         self.dense = run(self.model, self.inputs)
-        self.calibration = cache(self._calibration)
-
-    def _calibration(self, recipe):
-        return calibrate(self.model, self.batches, recipe=recipe, progress=False)
+        recipe = " + ".join([GREEDY if name in ALLOCATED else "teal", *["cats"] * (name in GATED)])
+        self.calibration = calibrate(self.model, self.batches, recipe=recipe, progress=False)
 
     def agree(self, got, modules, mask, *, reads):
         with masking(modules, mask, inputs=reads):
@@ -83,11 +82,10 @@ class Case:
 
 
 # Each of these gives the options that it is about, and goes on with what the model computes under them and the report.
-GREEDY = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
 
 
 def teal_masks_what_every_linear_reads(case):
-    calibration = case.calibration(GREEDY if case.name in ALLOCATED else "teal")
+    calibration = case.calibration
     got, _ = yield {"recipe": "teal(sparsity=0.4, phase='masked')", "calibration": calibration, "strict": True}
     modules = linears(case.model)
     limits = thresholds(calibration, "input", collected(case.model, modules, case.batches, inputs=True), 0.4)
@@ -95,7 +93,7 @@ def teal_masks_what_every_linear_reads(case):
 
 
 def cats_masks_the_activated_gate(case):
-    calibration = case.calibration("cats")
+    calibration = case.calibration
     got, _ = yield {"recipe": "cats(sparsity=0.6, phase='masked')", "calibration": calibration, "strict": True}
     modules = gates(case.model)
     limits = thresholds(calibration, "gate", collected(case.model, modules, case.batches, inputs=False), 0.6)
@@ -103,11 +101,11 @@ def cats_masks_the_activated_gate(case):
 
 
 def greedy_shares_of_every_layer_leave_out_what_was_asked_for(case):
-    calibration = case.calibration(GREEDY)
+    calibration = case.calibration
     got, _ = yield {"recipe": GREEDY, "calibration": calibration, "strict": True}
     modules = linears(case.model)
     limits, left = {}, {}
-    for site in calibration.sites:
+    for site in (site for site in calibration.sites if site.values == "input"):
         share = site.shares[40]
         for parameter in site.parameters:
             limits[parameter] = site.sketch.threshold(share) if share else -1.0
@@ -122,7 +120,7 @@ def greedy_shares_of_every_layer_leave_out_what_was_asked_for(case):
 
 
 def teal_without_its_allocation_is_refused(case):
-    calibration = case.calibration("teal")
+    calibration = calibrate(case.model, case.batches[:1], recipe="teal", progress=False)
     _, report = yield {"recipe": "teal(allocation='greedy', phase='masked')", "calibration": calibration}
     refusals = [block.refusal for block in report.blocks]
     assert {refusal.code for refusal in refusals} == {"no-allocation"}
@@ -131,7 +129,7 @@ def teal_without_its_allocation_is_refused(case):
 
 def an_allocation_that_ends_early_is_refused_behind_its_end(case):
     too_much = "teal(sparsity=0.999, allocation='greedy', phase='masked')"
-    _, report = yield {"recipe": too_much, "calibration": case.calibration(GREEDY)}
+    _, report = yield {"recipe": too_much, "calibration": case.calibration}
     refusals = [block.refusal for block in report.blocks]
     assert {refusal.code for refusal in refusals} == {"no-allocation"} and "ends where 9" in refusals[0].reason
 
@@ -220,7 +218,6 @@ def a_method_without_its_calibration_is_refused(case):
     assert "tokred.calibrate(model, batches, recipe='teal')" in refusals[0].reason
 
 
-ALLOCATED = ("llama", "phi3", "gpt2")
 STATEMENTS = {
     teal_masks_what_every_linear_reads: tuple(MODELS),
     cats_masks_the_activated_gate: GATED,
