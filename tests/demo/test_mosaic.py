@@ -125,13 +125,14 @@ def test_the_model_answers_questions_about_held_out_digits(model, held_out):
 
 
 @pytest.mark.slow
-def test_the_accuracy_comes_from_the_weights_and_from_the_image(model, held_out):
-    assert overall(build().eval(), held_out) < 0.1
-    blank = replace(held_out, pixel_values=torch.full_like(held_out.pixel_values, -1.0))
+def test_the_accuracy_comes_from_the_weights_and_from_the_image(model):
+    few = samples(40, seed=5)
+    assert overall(build().eval(), few) < 0.1
+    blank = replace(few, pixel_values=torch.full_like(few.pixel_values, -1.0))
     assert overall(model, blank) < 0.5
     broken = load()
     torch.nn.init.zeros_(broken.model.multi_modal_projector.linear_2.weight)
-    assert overall(broken, held_out) < 0.5
+    assert overall(broken, few) < 0.5
 
 
 def test_an_answer_does_not_depend_on_padding_or_on_the_batch(model):

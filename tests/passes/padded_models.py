@@ -16,7 +16,7 @@ WIDTH, HEADS, WORDS = 16, 2, 50
 
 
 class Encoder(nn.Module):
-    """Pre-norm blocks, two if not said otherwise; `mask` makes each attention's mask out of the validity [B N], `pool` makes the result."""
+    """One or two pre-norm blocks; `mask` makes an attention's mask of the validity [B N], `pool` makes the result."""
 
     def __init__(self, mask: Masked, pool: Pooled, later: Masked | None = None, dropout: float = 0.0, layers: int = 2):
         super().__init__()
