@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from torch import fx
 
 from tokred.compiler import pipeline
-from tokred.compiler.options import Options
+from tokred.compiler.options import Options, parse_options
 from tokred.compiler.report import GraphReport
+from tokred.generation import with_pruned_caches
 
-__all__ = ["Switch", "compile_in_ways"]
+__all__ = ["Switch", "Ways", "compile_in_ways"]
 
 
 def compile_in_ways(
@@ -74,3 +76,45 @@ class Switch:
         self.left -= 1
         functions, self.reports = compile_in_ways(gm, inputs, self.ways)
         return lambda *args: functions[self.way](*args)
+
+
+class Ways:
+    """A backend that compiles every graph of a model in several ways; `way` names the one that runs.
+
+    Ways are named by their recipes, or have options of their own; `common` ones hold for all. `reports` has a list for
+    each way, a report a graph.
+    """
+
+    def __init__(self, ways: Iterable[str] | Mapping[str, Mapping[str, Any]], **common: Any):
+        own = ways if isinstance(ways, Mapping) else {name: {} for name in ways}
+        self.options = {name: {"recipe": name, "lower": "eager", **common, **options} for name, options in own.items()}
+        self.way, self.companion = next(iter(self.options)), False
+        self.reports: dict[str, list[GraphReport]] = {name: [] for name in self.options}
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        parsed = {name: parse_options(given, None, companion=self.companion) for name, given in self.options.items()}
+        functions, reports = compile_in_ways(gm, inputs, parsed)
+        for name, report in reports.items():
+            self.reports[name].append(report)
+        return lambda *args: functions[self.way](*args)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the ways, each while it is the one that runs."""
+        for name in self.options:
+            self.way = name
+            yield name
+
+    def compile(self, model: Any, **how: Any) -> Any:
+        """As `torch.compile` does with tokred's backend."""
+        return torch.compile(model, backend=self, fullgraph=True, **how)
+
+    def generating(self, model: Any) -> Any:
+        """As `tokred.compile` does with a model that generates."""
+        self.companion = True
+        return with_pruned_caches(model, self.compile)
+
+    @property
+    def report(self) -> GraphReport:
+        """Of the only graph, the way that runs now."""
+        (graph,) = self.reports[self.way]
+        return graph

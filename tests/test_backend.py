@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
+from tests.one_capture import Ways
 from tests.zoo.architectures import ARCHITECTURES
 from tokred.errors import ArgumentError, OptionError, RecipeError, StrictError, UnknownMethod, VerifyError
 
@@ -46,73 +47,77 @@ def test_the_backend_is_found_by_name() -> None:
     assert "tokred" in torch._dynamo.list_backends(None)
 
 
-def test_inductor_agrees_with_the_eager_lowering() -> None:
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+
+
+def test_inductor_agrees_with_the_eager_lowering_and_verify_with_both() -> None:
     model, x = vit(), pixels(3)
+    ways = Ways({"eager": {}, "inductor": {"lower": "inductor"}}, recipe=TOME, verify=True)
+    fast = ways.compile(model)
     with torch.no_grad():
-        expected = logits(compiled(model), x)
-        torch._dynamo.reset()
-        got = logits(compiled(model, lower="inductor"), x)
+        expected = logits(fast, x)
+        ways.way = "inductor"
+        got = logits(fast, x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, logits(model, x), atol=1e-4)  # tokens really were merged
 
 
 def test_a_new_batch_size_compiles_once_more_and_then_never() -> None:
-    model = vit()
+    model, sixteen, five = vit(), pixels(16), pixels(5)
     fast = compiled(model)
     with torch.no_grad():
-        results = [logits(fast, pixels(batch)) for batch in (8, 16, 5)]
-        assert len(tokred.reports().graphs) <= 2
-        torch._dynamo.reset()
-        for batch, result in zip((8, 16, 5), results, strict=True):
-            alone = logits(
-                torch.compile(model, backend="tokred", dynamic=False, options={"recipe": TOME, "lower": "eager"}),
-                pixels(batch),
-            )
-            torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
+        eights = [sixteen[:8], sixteen[8:], torch.cat([five, sixteen[:3]])]
+        alone = [logits(fast, x) for x in eights]  # a graph for eight, and no other number
+        assert len(tokred.reports().graphs) == 1
+        torch.testing.assert_close(logits(fast, sixteen), torch.cat(alone[:2]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(fast, five), alone[2][:5], rtol=1e-4, atol=1e-5)
+    assert len(tokred.reports().graphs) == 2
 
 
 def test_dynamic_batch_from_the_start() -> None:
-    model = vit()
-    fast = torch.compile(model, backend="tokred", options={"recipe": TOME, "lower": "aot_eager"}, dynamic=True)
+    options = {"recipe": TOME, "lower": "aot_eager"}
+    fast = torch.compile(layer(), backend="tokred", options=options, dynamic=True)
     with torch.no_grad():
         for batch in (2, 7, 3):
-            assert logits(fast, pixels(batch)).shape[0] == batch
+            assert fast(torch.randn(batch, 24, 32)).shape == (batch, 24, 32)
     assert len(tokred.reports().graphs) == 1
     assert tokred.reports().graphs[0].blocks[0].method is not None
 
 
-@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
-def test_gradients_reach_every_parameter(lower: str) -> None:
+def test_gradients_reach_every_parameter() -> None:
     model = vit().train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     x = pixels(2)
+    ways = Ways({lower: {"lower": lower} for lower in ("eager", "aot_eager", "inductor")}, recipe=TOME)
+    fast = ways.compile(model)
 
-    def gradients(fast: Any) -> dict[str, Tensor]:
+    def gradients() -> dict[str, Tensor]:
         model.zero_grad()
         logits(fast, x).square().sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    expected = gradients(compiled(model))
-    torch._dynamo.reset()
-    got = gradients(compiled(model, lower=lower))
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=1e-5, msg=name)
+    expected = gradients()
+    for ways.way in ("aot_eager", "inductor"):
+        got = gradients()
+        assert got.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=1e-5, msg=f"{ways.way}: {name}")
 
 
 def test_bfloat16_and_autocast_run_and_keep_their_dtype() -> None:
+    ways = Ways({"unchanged": {"recipe": None, "lower": "aot_eager"}, "merged": {"recipe": TOME, "lower": "inductor"}})
     with torch.no_grad():
         assert logits(compiled(vit(torch.bfloat16)), pixels(2, torch.bfloat16)).dtype == torch.bfloat16
         model, x = vit(), pixels(2)
         torch._dynamo.reset()
         with torch.autocast("cpu", torch.bfloat16):
-            expected = logits(torch.compile(model, backend="eager"), x)
-            torch._dynamo.reset()
-            unchanged = logits(compiled(model, None, lower="aot_eager"), x)
-            torch._dynamo.reset()
-            merged = logits(compiled(model, lower="inductor"), x)
+            expected, fast = logits(model, x), ways.compile(model)
+            unchanged = logits(fast, x)
+            ways.way = "merged"
+            merged = logits(fast, x)
     assert merged.dtype == expected.dtype and merged.isfinite().all()
     torch.testing.assert_close(unchanged.float(), expected.float(), rtol=5e-2, atol=5e-2)
 
@@ -159,31 +164,28 @@ class Broken(nn.Module):
 
 def test_each_piece_of_a_broken_model_is_handled_on_its_own() -> None:
     model, x = Broken().eval(), torch.randn(2, 24, 32)
+    ways = Ways({"exact": {"recipe": None}, "tome": {"recipe": TOME}})
+    fast = torch.compile(model, backend=ways)
     with torch.no_grad():
         expected = model(x)
-        torch.testing.assert_close(compiled(model, None)(x), expected, rtol=1e-4, atol=1e-5)
-        assert len(tokred.reports().graphs) == 10
-        torch._dynamo.reset()
-        assert compiled(model)(x).shape == expected.shape
+        torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+        ways.way = "tome"
+        assert fast(x).shape == expected.shape
+    assert len(ways.reports["exact"]) == len(ways.reports["tome"]) == 10
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(model, backend="tokred", fullgraph=True)(x)
 
 
-def test_fullgraph() -> None:
-    with torch.no_grad():
-        fast = torch.compile(vit(), backend="tokred", fullgraph=True, options={"recipe": TOME, "lower": "eager"})
-        assert logits(fast, pixels(2)).shape == (2, 2)
-
-
 def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
-    model, x = (
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval(),
-        torch.randn(2, 24, 32),
-    )
+    """In one graph, too."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval()
+    x = torch.randn(2, 24, 32)
+    ways = Ways({outputs: {"outputs": outputs} for outputs in ("full", "reduced")}, recipe=TOME)
+    fast = ways.compile(model)
     with torch.no_grad():
-        assert compiled(model)(x).shape == (2, 24, 32)
-        torch._dynamo.reset()
-        assert compiled(model, outputs="reduced")(x).shape == (2, 24 - 2 * 4, 32)
+        assert fast(x).shape == (2, 24, 32)
+        ways.way = "reduced"
+        assert fast(x).shape == (2, 24 - 2 * 4, 32)
 
 
 # -- options and errors -----------------------------------------------------------------------------------------------
@@ -206,9 +208,9 @@ def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
 )
 def test_bad_input_names_what_is_wrong(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        tokred.compile(vit(), **{"recipe": None, **options})
+        tokred.compile(nn.Linear(3, 3), **{"recipe": None, **options})
     with pytest.raises(Exception, match=words), torch.no_grad():
-        logits(torch.compile(vit(), backend="tokred", options=options), pixels(2))
+        torch.compile(nn.Linear(3, 3), backend="tokred", options=options)(torch.randn(2, 3))
 
 
 def test_strict_turns_a_refusal_into_an_error() -> None:
@@ -238,10 +240,7 @@ def test_protecting_more_tokens_than_remain_is_a_refusal() -> None:
     assert block.tokens[1] == 13 or block.refusal is not None
 
 
-def test_verify_passes_on_a_right_graph_and_fails_on_a_wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch.no_grad():
-        logits(compiled(vit(), verify=True, lower="inductor"), pixels(2))
-
+def test_verify_fails_on_a_wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(gm: torch.fx.GraphModule, log: list[str]) -> torch.fx.GraphModule:
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
             node.target = torch.ops.aten.relu.default
@@ -254,7 +253,6 @@ def test_verify_passes_on_a_right_graph_and_fails_on_a_wrong_pass(monkeypatch: p
 
     spec = register.PassSpec("wrong", wrong, "exact", True, (), ())
     monkeypatch.setitem(register._PASSES, "wrong", spec)
-    torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(VerifyError, match="'wrong'"):
         logits(compiled(vit(), None, verify=True), pixels(2))
 
@@ -300,7 +298,7 @@ def test_a_graph_without_attention_is_left_alone() -> None:
 
 def test_dump_writes_every_stage(tmp_path: Path) -> None:
     with torch.no_grad():
-        logits(compiled(vit(), dump=str(tmp_path)), pixels(2))
+        compiled(layer(), dump=str(tmp_path))(torch.randn(2, 24, 32))
     names = {path.name for path in tmp_path.iterdir()}
     for suffix in (".py", ".dot", ".svg", ".html"):
         assert any("captured" in name and name.endswith(suffix) for name in names)
@@ -325,11 +323,11 @@ def test_torch_logs_shows_the_graphs() -> None:
 
 def test_explain_works_on_a_model_that_was_compiled_many_times() -> None:
     """Dynamo runs a ninth variant of one forward as it stands; a report on nothing would be the result."""
-    model, x = vit(), pixels(2)
+    model, x = layer(), torch.randn(2, 24, 32)
     with torch.no_grad():
         for _ in range(torch._dynamo.config.recompile_limit):
-            torch.compile(model, backend=lambda gm, inputs: gm.forward)(pixel_values=x)
-    (graph,) = tokred.explain(model, pixel_values=x, recipe=TOME).graphs
+            torch.compile(model, backend=lambda gm, inputs: gm.forward)(x)
+    (graph,) = tokred.explain(model, x, recipe=TOME).graphs
     assert any(block.method for block in graph.blocks)
 
 

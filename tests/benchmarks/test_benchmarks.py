@@ -73,7 +73,7 @@ def test_a_wrong_handwritten_model_is_never_timed(monkeypatch: pytest.MonkeyPatc
         compare.main(["--model", "tiny", "--r", "3", "--rounds", "1", "--variants", "eager"])
 
 
-SMALL = ["--layers", "4", "--width", "64", "--length", "64", "--rounds", "2", "--variants", "eager"]
+SMALL = ["--width", "64", "--length", "64", "--rounds", "2", "--variants", "eager"]
 
 
 @pytest.mark.slow
@@ -87,15 +87,16 @@ def test_a_decoder_s_ideal_has_the_counts_and_the_numbers_of_free_selection(
 
     monkeypatch.setattr(torch, "compile", quick)
     target = tmp_path / "out.json"
-    decoder.main([*SMALL, "ideal", "--recipe", "pyramiddrop()", "--json", str(target)])
+    recipe = ["--layers", "3", "--recipe", "pyramiddrop(layers=[1, 2])"]
+    decoder.main([*SMALL, "ideal", *recipe, "--json", str(target)])
     written = json.loads(target.read_text())
     assert written["checks"]["ideal == free"] < 1e-9
     assert "ideal" in written["seconds"], "traced in pieces"
-    assert "llama, 4 layers, batch 1, pyramiddrop(), float32, 2 rounds." in results.comparison(written)
+    assert "llama, 3 layers, batch 1, pyramiddrop(layers=[1, 2]), float32, 2 rounds." in results.comparison(written)
 
-    monkeypatch.setattr(decoder, "cuts_of", lambda *_: {1: 35, 2: 19, 3: 13})  # 20, not 19, enter layer 2
+    monkeypatch.setattr(decoder, "cuts_of", lambda *_: {1: 34})  # 35, not 34, enter layer 1
     with pytest.raises(SystemExit, match=r"ideal == free.*nothing was timed"):
-        decoder.main([*SMALL, "--recipe", "pyramiddrop()"])
+        decoder.main([*SMALL, "--layers", "2", "--recipe", "pyramiddrop(layers=[1])"])
 
 
 def test_choosing_is_what_the_method_takes_beyond_free_selection() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.one_capture import Switch
-from tests.reference.cases import BY_NAME, CASES, DEIT_SMALL, Case, outputs
+from tests.reference.cases import CASES, DEIT_SMALL, Case, outputs
 from tests.reference.driver import Method
 from tests.reference.evit import EViT
 from tests.reference.expedit import Expedit
@@ -52,19 +52,23 @@ def applies(case: Case, recipe: str) -> bool:
     return not (recipe.startswith("evit") and not case.head) and not (recipe.startswith("expedit") and not case.grid)
 
 
-def ways_of(case: Case) -> dict[str, tuple[bool, Method | None]]:
-    """recipe -> whether the exact passes run, and the oracle; None is the model itself."""
-    without = {recipe: method for recipe, method in MAIN.items() if recipe != TOME and applies(case, recipe)}
+Way = tuple[str, bool]  # a recipe, and whether the exact passes run
+WITH_EXACT = ("vit_classifier", "siglip_vision", "timm_vit_avg")  # whose gradients are compared with them, too
+
+
+def ways_of(case: Case) -> dict[Way, Method | None]:
+    """The oracle of each; None is the model itself."""
+    without = {recipe: method for recipe, method in MAIN.items() if applies(case, recipe)}
     if case.name == "vit_model":
         without |= OPTIONS
     if case.name == "dinov2_registers_classifier":  # under mean pooling
         without |= {recipe: method for recipe, method in OPTIONS.items() if "prop_attn" in recipe or "tofu" in recipe}
-    ways: dict[str, tuple[bool, Method | None]] = {recipe: (False, method) for recipe, method in without.items()}
-    ways[TOME] = (True, MAIN[TOME])  # without them: test_tome_and_its_gradients_equal_oracle
+    ways: dict[Way, Method | None] = {(recipe, False): method for recipe, method in without.items()}
+    ways[TOME, True] = MAIN[TOME]
     if case.name == "vit_classifier":
-        ways["evit(keep=0.5, layers=[1, 2], fuse=False)"] = (True, EViT(0.5, [1, 2], fuse=False))
+        ways["evit(keep=0.5, layers=[1, 2], fuse=False)", True] = EViT(0.5, [1, 2], fuse=False)
     if case.name in LACKS:
-        ways[LACKS[case.name]] = (False, None)
+        ways[LACKS[case.name], False] = None
     return ways
 
 
@@ -82,18 +86,24 @@ def _fresh_dynamo() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_methods_equal_oracles(case: Case, subtests: pytest.Subtests) -> None:
-    """siglip_vision has no class token and bert_model no grid: there the method that needs it changes nothing."""
+    """ToMe's gradients as well. siglip_vision has no class token and bert_model no grid: the method that needs it
+    changes nothing there."""
     ways = ways_of(case)
-    common = {"lower": "eager"}
-    switch = Switch({way: parse_options({"recipe": way, "exact": ways[way][0], **common}, None) for way in ways})
+    options = {way: {"recipe": way[0], "exact": way[1], "lower": "eager"} for way in ways}
+    switch: Any = Switch({way: parse_options(given, None) for way, given in options.items()})  # type: ignore[misc]
     model, x = case.build(), case.inputs()
+    x.requires_grad_(not case.text)
     fast = torch.compile(model, backend=switch)
-    for switch.way, (_, oracle) in ways.items():
-        with subtests.test(switch.way), torch.no_grad():
+    for switch.way, oracle in ways.items():
+        recipe, exact = switch.way
+        derived = recipe == TOME and (not exact or case.name in WITH_EXACT)
+        with subtests.test(f"{recipe}, exact={exact}"):
             expected = case.oracle(model, x, oracle)
             got = outputs(fast, x, list(expected))
             for key, value in expected.items():
                 torch.testing.assert_close(got[key], value, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+            if derived:
+                compare_gradients(gradients(got, model, x), gradients(expected, model, x))
 
 
 def compiled(model: nn.Module, recipe: str, **options: Any) -> nn.Module:
@@ -122,29 +132,10 @@ def gradients(out: dict[str, Tensor], model: nn.Module, x: Tensor) -> dict[str, 
     return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
 
-def check_gradients(case: Case, **options: Any) -> None:
-    model, x = case.build(), case.inputs()
-    x.requires_grad_(not case.text)
-    expected_out = case.oracle(model, x, MAIN[TOME])
-    got_out = outputs(compiled(model, TOME, **options), x, list(expected_out))
-    for key, value in expected_out.items():
-        torch.testing.assert_close(got_out[key], value, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
-    expected, got = gradients(expected_out, model, x), gradients(got_out, model, x)
-    for name in (
-        expected.keys() ^ got.keys()
-    ):  # a parameter without influence: no gradient on one side, zeros on the other
+def compare_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in expected.keys() ^ got.keys():  # without influence: no gradient on one side, zeros on the other
         assert not (expected | got)[name].any(), name
     for name in expected.keys() & got.keys():
         torch.testing.assert_close(
             got[name], expected[name], **TOLERANCE, msg=lambda text, name=name: f"gradient of {name}: {text}"
         )
-
-
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_tome_and_its_gradients_equal_oracle(case: Case) -> None:
-    check_gradients(case, exact=False)
-
-
-@pytest.mark.parametrize("name", ["vit_classifier", "siglip_vision", "timm_vit_avg"])
-def test_tome_gradients_with_exact_passes_equal_oracle(name: str) -> None:
-    check_gradients(BY_NAME[name])

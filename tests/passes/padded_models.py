@@ -16,11 +16,11 @@ WIDTH, HEADS, WORDS = 16, 2, 50
 
 
 class Encoder(nn.Module):
-    """Two pre-norm blocks; `mask` makes each attention's mask out of the validity [B N], `pool` makes the result."""
+    """One or two pre-norm blocks; `mask` makes an attention's mask of the validity [B N], `pool` makes the result."""
 
-    def __init__(self, mask: Masked, pool: Pooled, later: Masked | None = None, dropout: float = 0.0):
+    def __init__(self, mask: Masked, pool: Pooled, later: Masked | None = None, dropout: float = 0.0, layers: int = 2):
         super().__init__()
-        self.masks, self.pool, self.dropout = (mask, later or mask), pool, dropout
+        self.masks, self.pool, self.dropout = (mask, later or mask)[:layers], pool, dropout
         self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Parameter(torch.randn(64, WIDTH))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(4))
         self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
         batch, tokens = ids.shape
         x = self.words(ids) + self.places[:tokens]  # [B N C] + [N C]
-        for layer in range(2):
+        for layer in range(len(self.masks)):
             qkv = self.qkv[layer](self.norms[2 * layer](x)).view(batch, tokens, 3, HEADS, WIDTH // HEADS)
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B H N D]
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[layer](valid))

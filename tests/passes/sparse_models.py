@@ -26,8 +26,8 @@ ENCODER: dict[str, Any] = {
     "patch_size": 8,
 }
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TWO)),
+MODELS: dict[str, Callable[..., Any]] = {
+    "llama": lambda layers=2: hf.LlamaForCausalLM(hf.LlamaConfig(**TWO | {"num_hidden_layers": layers})),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**TWO, sliding_window=64)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**TWO, head_dim=16)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(
@@ -48,10 +48,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 GATED = ("llama", "mistral", "qwen3", "gemma3", "phi3")
 
 
-def made(name: str, dtype: torch.dtype = torch.float64) -> Any:
+def made(name: str, dtype: torch.dtype = torch.float64, **sizes: int) -> Any:
     """The same weights every time, large enough that activations differ."""
     torch.manual_seed(11)
-    model: Any = MODELS[name]().to(dtype).eval()
+    model: Any = MODELS[name](**sizes).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from tests.decoders.models import LENGTH, build, prompts
+from tests.decoders.models import LENGTH, prompts
 from tests.passes.rewriting import normal
+from tests.passes.sparse_models import made
 from tokred.compiler.capture import capture
 from tokred.compiler.options import parse_options
 from tokred.compiler.pipeline import transform
@@ -68,7 +69,7 @@ CALLERS += [("gemma3", True, True), ("gpt2", True, True), ("phi3", True, False)]
 def test_the_last_logits_need_one_row_of_the_last_layer_and_all_of_every_cache(
     name: str, sliced: bool, padded: bool
 ) -> None:
-    caller, narrowed = Last(build(name), sliced), Narrowed()
+    caller, narrowed = Last(made(name), sliced), Narrowed()
     inputs = prompts() if padded else {"input_ids": prompts()["input_ids"]}
     with torch.no_grad():
         logits, cache = torch.compile(caller, backend=narrowed, fullgraph=True)(**inputs)
@@ -78,7 +79,7 @@ def test_the_last_logits_need_one_row_of_the_last_layer_and_all_of_every_cache(
         assert layer.keys.shape[2] == layer.values.shape[2] == LENGTH
         torch.testing.assert_close((layer.keys, layer.values), (other.keys, other.values), rtol=1e-10, atol=1e-10)
 
-    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH] * 4 + [1]
+    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH, 1]
     last = next(node for node in reversed(narrowed.graph.nodes) if node.target is SDPA)
     after = [node for node in narrowed.graph.nodes if node.target in PRODUCTS and last < node]
     assert after and all(node.meta["val"].numel() // node.meta["val"].shape[-1] == 3 for node in after)
@@ -86,7 +87,7 @@ def test_the_last_logits_need_one_row_of_the_last_layer_and_all_of_every_cache(
 
 @pytest.mark.slow
 def test_behind_cuts_scores_read_one_query_and_a_last_layer_that_was_cut_computes_one_row() -> None:
-    model, layers, spans = build("llama"), [2, 4], {"visual": (9, 21)}
+    model, layers, spans = made("llama", layers=4), [1, 3], {"visual": (9, 21)}
     caller, ids = Last(model, sliced=False), prompts()["input_ids"]
     recipe = f"pyramiddrop(keep=0.5, layers={layers})"
     narrowed, plain = (Narrowed(recipe=recipe, spans=spans, outputs="reduced", exact=exact) for exact in (True, False))
@@ -98,8 +99,8 @@ def test_behind_cuts_scores_read_one_query_and_a_last_layer_that_was_cut_compute
     for layer, other in zip(cache.layers, whole.layers, strict=True):
         torch.testing.assert_close((layer.keys, layer.values), (other.keys, other.values), rtol=1e-10, atol=1e-10)
     cut, twice = LENGTH - 6, LENGTH - 9
-    assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH, LENGTH, cut, cut, twice]
-    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH, LENGTH, cut, cut, 1]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH, cut, cut, twice]
+    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH, cut, cut, 1]
 
     def queries(backend: Narrowed) -> list[int]:
         """The rows of each product with a query's weight, in order."""
@@ -107,16 +108,16 @@ def test_behind_cuts_scores_read_one_query_and_a_last_layer_that_was_cut_compute
         named = [node for node in products if "q_proj" in str(node.meta["nn_module_stack"])]
         return [node.meta["val"].shape[1] for node in named]
 
-    assert queries(plain) == [LENGTH, LENGTH, LENGTH, cut, cut, cut, twice]
-    assert queries(narrowed) == [LENGTH, LENGTH, 1, cut, cut, 1, 1]
+    assert queries(plain) == [LENGTH, LENGTH, cut, cut, cut, twice]
+    assert queries(narrowed) == [LENGTH, 1, cut, cut, 1, 1]
 
 
 def test_whole_logits_need_all_rows() -> None:
-    model, narrowed = build("llama"), Narrowed(drop_dead_tokens)
+    model, narrowed = made("llama"), Narrowed(drop_dead_tokens)
     with torch.no_grad():
         torch.compile(model, backend=narrowed, fullgraph=True)(**prompts())
     assert narrowed.lines == []
-    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH] * 5
+    assert [shape[2] for shape in narrowed.rows({SDPA})] == [LENGTH] * 2
 
 
 WEIGHT = normal(8, 8)

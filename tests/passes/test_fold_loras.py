@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tokred
+from tests.one_capture import Ways
 from tests.passes.lora_models import RANK, PeftLinear, SoraLinear, adapted
 from tests.passes.sparse_models import MODELS, example, linears, made
 from tests.passes.test_skip_weights import generated, limits_of, only_decoding, same
@@ -38,14 +39,22 @@ def compiled(model, recipe="lora_prune()", **options):
     return torch.compile(model, backend="tokred", fullgraph=True, options=given)
 
 
-def close(got, wanted):
-    bound = EXACT[wanted.dtype]
+def in_ways(ways, model, **common):
+    """The backend, and the model compiled with it."""
+    torch.compiler.reset()
+    tokred.reset()
+    backend = Ways(ways, **{"strict": True, **common})
+    return backend, backend.compile(model)
+
+
+def close(got, wanted, dtype=None):
+    bound = EXACT[dtype or wanted.dtype]
     torch.testing.assert_close(got, wanted, rtol=bound, atol=bound * float(wanted.abs().max()))
 
 
-def entry(name="fold_loras"):
+def entry(ways=None, name="fold_loras"):
     """What the pass says of the only graph."""
-    (graph,) = tokred.reports().graphs
+    (graph,) = tokred.reports().graphs if ways is None else ways.reports[ways.way]
     (found,) = [each for each in graph.passes if each.name == name]
     return found
 
@@ -67,23 +76,25 @@ def products(gm):
     return sum(node.target in PRODUCTS for node in gm.graph.nodes)
 
 
-KEPT = [("lora_prune(merge=False)", name) for name in ("llama", "gpt2", "vit")]
+MERGED, KEPT = BOTH = ("lora_prune()", "lora_prune(merge=False)")
 
 
-@pytest.mark.parametrize("recipe, name", [*(("lora_prune()", name) for name in MODELS), *KEPT])
-def test_every_model_computes_the_same(name, recipe, lowered):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_computes_the_same(name, lowered, subtests):
     model = adapted(made(name), SoraLinear if name in ("llama", "vit") else PeftLinear)
     plain = len(linears(made(name)))
     inputs = example(name)
     wanted = run(model, inputs)
-    close(run(compiled(model, recipe), inputs), wanted)
     heads = 0 if name == "vit" else 1
-    assert products(lowered[-1]) == (plain + heads if recipe == "lora_prune()" else 3 * plain + heads)
     zero = 2 if name in ("llama", "vit") else 1
-    assert len(entry().lines) == plain
-    assert all(f": {zero} of {RANK} ranks are zero, " in line for line in entry().lines)
-    rows = tokred.reports().graphs[0].blocks
-    assert all(row.method.startswith("lora_prune") and row.refusal is None for row in rows)
+    ways, fast = in_ways(BOTH if name in ("llama", "gpt2", "vit") else [MERGED], model)
+    for number, way in enumerate(ways):
+        with subtests.test(way):
+            close(run(fast, inputs), wanted)
+            assert products(lowered[number]) == (plain if way == MERGED else 3 * plain) + heads
+            assert len(entry(ways).lines) == plain
+            assert all(f": {zero} of {RANK} ranks are zero, " in line for line in entry(ways).lines)
+            assert all(row.method.startswith("lora_prune") and row.refusal is None for row in ways.report.blocks)
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -96,24 +107,22 @@ def test_every_adapter_in_every_type(adapter, dtype):
     model = nn.Sequential(make(conv), nn.GELU(), make(plain)).eval().requires_grad_(False)
     x = torch.randn(3, 5, 16).to(dtype)
     wanted = model(x)
-    bound = EXACT[torch.float32 if adapter == "float32" and dtype == torch.float64 else dtype]
-    for merge in (True, False):
+    ways, fast = in_ways(BOTH, model)
+    for ways.way in BOTH:
         with torch.no_grad():
-            got = compiled(model, f"lora_prune(merge={merge})")(x)
-        torch.testing.assert_close(got, wanted, rtol=bound, atol=bound * float(wanted.abs().max()))
-        assert len(entry().lines) == 2 and not entry().refusals
+            close(fast(x), wanted, torch.float32 if adapter == "float32" and dtype == torch.float64 else dtype)
+        assert len(entry(ways).lines) == 2 and not entry(ways).refusals
 
 
 def test_a_decoder_generates_the_same_and_compiles_no_token_anew():
-    model, ids = adapted(made("llama", torch.float32), PeftLinear), example("llama")
+    model, ids = adapted(made("llama", torch.float32, layers=1), PeftLinear), example("llama")
     wanted = generated(model, ids, tokens=12)
-    for recipe in ("lora_prune()", "lora_prune(merge=False)"):
-        torch.compiler.reset()
-        tokred.reset()
-        fast = tokred.compile(model, recipe, lower="aot_eager", fullgraph=True, strict=True, verify=True)
+    ways = Ways(BOTH, lower="aot_eager", strict=True, verify=True)
+    fast = ways.generating(model)
+    for ways.way in BOTH:
         same(generated(fast, ids, tokens=12), wanted)
-        assert len(tokred.reports().graphs) == 3  # prompt, first token, tokens behind a cache of run-time length
-        for graph in tokred.reports().graphs:
+        assert len(ways.reports[ways.way]) == 3  # prompt, first token, tokens behind a cache of run-time length
+        for graph in ways.reports[ways.way]:
             assert all(row.method and not row.refusal for row in graph.blocks)
 
 
@@ -130,55 +139,62 @@ def other(model):
     model.load_state_dict({name: value * 1.1 + 0.01 for name, value in model.state_dict().items()})
 
 
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("change", [other, step])
-def test_folded_weights_follow_their_parameters(change, merge):
+def test_folded_weights_follow_their_parameters():
     model, inputs = adapted(made("llama"), SoraLinear), example("llama")
-    fast = compiled(model, f"lora_prune(merge={merge})")
-    before = run(fast, inputs)
-    change(model)
-    wanted = run(model, inputs)
-    assert (wanted - before).abs().max() > 1e-3
-    close(run(fast, inputs), wanted)
-    assert len(tokred.reports().graphs) == 1
+    ways, fast = in_ways(BOTH, model)
+    for change in (None, other, step):
+        before = run(model, inputs)
+        if change:
+            change(model)
+        wanted = run(model, inputs)
+        assert change is None or (wanted - before).abs().max() > 1e-3
+        for ways.way in BOTH:
+            close(run(fast, inputs), wanted)
+    assert len(ways.reports[MERGED]) == 1
 
 
+def two(adapter):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)).double()
+    return adapted(plain, adapter), torch.randn(5, 16, dtype=torch.float64)
+
+
+@torch.no_grad()
 def test_ranks_that_come_back_run_uncompiled_and_are_told(caplog):
-    model, inputs = adapted(made("llama"), SoraLinear, only="q_proj"), example("llama")
-    fast = compiled(model, "lora_prune(merge=False)", lower="aot_eager")
-    close(run(fast, inputs), run(model, inputs))
+    model, x = two(SoraLinear)
+    fast = compiled(model, KEPT, lower="aot_eager")
+    close(fast(x), model(x))
     gates = [parameter for name, parameter in model.named_parameters() if name.endswith("gate")]
     for values in ([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]):
-        with torch.no_grad():
-            for gate in gates:
-                gate.copy_(torch.tensor([values]))
+        for gate in gates:
+            gate.copy_(torch.tensor([values]))
         with caplog.at_level(logging.WARNING, "tokred"):
-            close(run(fast, inputs), run(model, inputs))
+            close(fast(x), model(x))
     assert [record.message for record in caplog.records] == [
         "parameters have outgrown what was compiled: it runs uncompiled until torch.compiler.reset()"
     ]
-    close(run(compiled(model, "lora_prune(merge=False)", lower="aot_eager"), inputs), run(model, inputs))
+    close(compiled(model, KEPT, lower="aot_eager")(x), model(x))
     assert all(f"{RANK} of {RANK} ranks are zero" in line for line in entry().lines)
 
 
+@torch.no_grad()
 def test_the_report_states_the_memory_and_graphs_share_it():
-    model, inputs = adapted(made("llama"), PeftLinear, only="q_proj"), example("llama")
+    model, x = two(PeftLinear)
     gc.collect()
     start = Relaid.total()
-    wide, tall = model.model.layers[0].self_attn.q_proj.base_layer.weight.shape
-    for recipe, each in (("lora_prune()", wide * tall), ("lora_prune(merge=False)", 3 * (wide + tall))):
-        run(compiled(model, recipe), inputs)
+    for recipe, each in ((MERGED, 24 * 16), (KEPT, 3 * (24 + 16))):
+        compiled(model, recipe)(x)
         size = 2 * each * 8
         assert Relaid.total() - start == size
         (note,) = tokred.reports().graphs[0].notes
         assert note.endswith(f"held beside those that they are made of: {size / 2**20:.1f} MiB")
         start += size
-    run(compiled(model), inputs[:1])
+    compiled(model)(x[:1])
     assert Relaid.total() == start
 
 
 def test_methods_that_skip_weights_read_the_merged_ones():
-    plain, ids = made("llama", torch.float32), example("llama")[:1]
+    plain, ids = made("llama", torch.float32, layers=1), example("llama")[:1]
     model = adapted(plain, PeftLinear)
     calibration = tokred.calibrate(model, [ids], recipe="teal", progress=False)
     limits = {name.replace(".base_layer", ""): t for name, t in limits_of(calibration, "input", 0.4).items()}
@@ -198,7 +214,7 @@ def test_methods_that_skip_weights_read_the_merged_ones():
     assert torch.equal(got[0], wanted[0])
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-4 * float(wanted[1].abs().max()))
     notes = tokred.reports().graphs[1].notes  # the merged weights are read in their copies alone
-    assert [note.partition(":")[0] for note in notes] == ["14 weights are kept a second time, neuron by neuron"]
+    assert [note.partition(":")[0] for note in notes] == ["7 weights are kept a second time, neuron by neuron"]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -255,9 +271,11 @@ NOT_FOLDED = {
 def test_spellings(name):
     torch.manual_seed(0)
     with torch.no_grad():
-        for recipe in ("lora_prune()",) if name == "rows" else ("lora_prune()", "lora_prune(merge=False)"):
-            assert refused(Net(FOLDED[name]), torch.randn(2, RANK, 16), recipe=recipe) == []
-            assert len(entry().lines) == 1
+        model, x = Net(FOLDED[name]), torch.randn(2, RANK, 16)
+        ways, fast = in_ways([MERGED] if name == "rows" else BOTH, model)
+        for _ in ways:
+            torch.testing.assert_close(fast(x), model(x))
+            assert len(entry(ways).lines) == 1 and not entry(ways).refusals
 
 
 @pytest.mark.parametrize("name", NOT_FOLDED)
@@ -287,12 +305,17 @@ def test_dropout_in_training_and_wanted_gradients_are_refused():
         compiled(model)(x)
 
 
-@pytest.mark.parametrize("layers, folded", [([1], 7), ("0:1", 7), ("*q_proj*", 2), ("*mlp*", 6), ([5], 0)])
-def test_layers(layers, folded):
+LAYERS = {"[1]": 7, "'0:1'": 7, "'*q_proj*'": 2, "'*mlp*'": 6, "[5]": 0}
+
+
+def test_layers(subtests):
     model, inputs = adapted(made("llama"), PeftLinear), example("llama")
     wanted = run(model, inputs)
-    close(run(compiled(model, f"lora_prune(layers={layers!r})", strict=False), inputs), wanted)
-    assert len(entry().lines) == folded
+    ways, fast = in_ways([f"lora_prune(layers={layers})" for layers in LAYERS], model, strict=False)
+    for way, folded in zip(ways, LAYERS.values(), strict=True):
+        with subtests.test(way):
+            close(run(fast, inputs), wanted)
+            assert len(entry(ways).lines) == folded
 
 
 def test_an_encoder_with_padding_is_folded_and_the_report_says_that_it_is_not_packed():
@@ -307,17 +330,19 @@ def test_an_encoder_with_padding_is_folded_and_the_report_says_that_it_is_not_pa
     for name, value in wanted.items():
         close(got[name], value)
     assert len(entry().lines) == 3
-    assert [refusal.code for refusal in entry("pack_tokens").refusals] == ["recipe"]
+    assert [refusal.code for refusal in entry(name="pack_tokens").refusals] == ["recipe"]
 
 
 def test_an_adapted_head_belongs_to_no_layer():
-    model, inputs = made("llama"), example("llama")
+    model, inputs = made("llama", layers=1), example("llama")
     model.lm_head = PeftLinear(model.lm_head)
     model.eval().requires_grad_(False)
-    close(run(compiled(model), inputs), run(model, inputs))
-    assert entry().lines == ["lm_head.base_layer.weight: 1 of 4 ranks are zero, merged into its weight"]
-    run(compiled(model, "lora_prune(layers=[0])", strict=False), inputs)
-    assert entry().lines == []
+    first = "lora_prune(layers=[0])"
+    ways, fast = in_ways({MERGED: {}, first: {"strict": False}}, model)
+    close(run(fast, inputs), run(model, inputs))
+    assert entry(ways).lines == ["lm_head.base_layer.weight: 1 of 4 ranks are zero, merged into its weight"]
+    ways.way = first
+    assert entry(ways).lines == []
 
 
 def test_arguments():
@@ -349,12 +374,10 @@ def test_what_is_made_of_the_parameters(rows, gates):
         torch.testing.assert_close(weight + second @ first, wanted, rtol=0, atol=1e-14)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("merge", [True, False])
-def test_through_inductor(merge):
-    model, ids = adapted(made("llama", torch.float32), SoraLinear), example("llama")[:1]
-    wanted = generated(model, ids, tokens=4)
-    torch.compiler.reset()
-    tokred.reset()
-    fast = tokred.compile(model, f"lora_prune(merge={merge})", fullgraph=True, strict=True)
-    same(generated(fast, ids, tokens=4), wanted)
+@torch.no_grad()
+def test_through_inductor():
+    model, x = two(SoraLinear)
+    ways, fast = in_ways(BOTH, model.float(), lower="inductor")
+    for ways.way in BOTH:
+        close(fast(x.float()), model(x.float()))
+        assert len(entry(ways).lines) == 2

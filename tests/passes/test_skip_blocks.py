@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import tokred
 from tests.decoders.models import build, prompts
+from tests.one_capture import Ways
 from tests.passes.sparse_models import ENCODER, MODELS, TWO, example, made
+from tokred.compiler.report import GraphReport
 from tokred.errors import ArgumentError
 from tokred.registry.recipe import parse_recipe
 
@@ -82,60 +84,67 @@ def close(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=EXACT, atol=EXACT * float(wanted.abs().max()))
 
 
-def report(kind: str = "mlp") -> list[Any]:
-    return [row for row in tokred.reports().graphs[0].blocks if row.kind == kind]
+def rows_of(report: GraphReport, kind: str = "mlp") -> list[Any]:
+    return [row for row in report.blocks if row.kind == kind]
 
 
 def inputs_of(name: str) -> Tensor:
     return example("vit" if name in ("vit", "dinov2") else name)
 
 
+ATTENTIONS = {"llama": "self_attn", "gemma3": "post_attention_layernorm", "vit": "attention"}
+
+
 @pytest.mark.parametrize("name", [*MODELS, "olmo2", "dinov2"])
-def test_a_layer_without_its_mlp(name: str) -> None:
+def test_a_layer_without_its_mlp_its_attention_and_both(name: str, subtests: pytest.Subtests) -> None:
+    """Everywhere the MLP of the last layer; attention, and both, of a few models."""
     model, inputs = model_of(name), inputs_of(name)
     layers = layers_of(model)
     last = len(layers) - 1
-    with zeroed([mlp_of(name, layers[last])]):
-        wanted = run(model, inputs)
-    got = run(compiled(model, f"skip_block(layers=[{last}])"), inputs)
-    assert (wanted - run(model, inputs)).abs().max() > 1e-3 * wanted.abs().max()
-    close(got, wanted)
-    assert [bool(row.method) for row in report()] == [False] * last + [True]
-    assert report()[last].flops[1] == 0 and report()[0].flops[1] == report()[0].flops[0]
-    assert "left out" in report()[last].note
+    kinds = {"mlp": [mlp_of(name, layers[last])]}
+    if name in ATTENTIONS:
+        kinds["attention"] = [layers[last].get_submodule(ATTENTIONS[name])]
+        kinds["both"] = kinds["attention"] + kinds["mlp"]
+    recipes = {"mlp": f"skip_block(layers=[{last}])"}  # the default
+    ways = Ways(
+        {k: {"recipe": recipes.get(k, f"skip_block(layers=[{last}], blocks={k!r})")} for k in kinds}, strict=True
+    )
+    fast, dense = ways.compile(model), run(model, inputs)
+    for ways.way, modules in kinds.items():
+        with subtests.test(ways.way):
+            with zeroed(modules):
+                wanted = run(model, inputs)
+            assert (wanted - dense).abs().max() > 1e-3 * wanted.abs().max()
+            close(run(fast, inputs), wanted)
+            for kind in ("attention", "mlp"):
+                acted = [bool(row.method) for row in rows_of(ways.report, kind)]
+                assert acted == [False] * last + [ways.way in (kind, "both")], kind
+    rows = rows_of(ways.reports["mlp"][0])
+    assert rows[last].flops[1] == 0 and rows[0].flops[1] == rows[0].flops[0]
+    assert "left out" in rows[last].note
 
 
-def test_weights_choose_the_smallest_and_layers_among_them() -> None:
+def test_weights_choose_the_smallest_and_layers_among_them(subtests: pytest.Subtests) -> None:
+    """And weights for another depth are refused."""
     model, inputs = build("llama"), example("llama")
     layers = layers_of(model)
-    for recipe, gone in (
-        ("skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4], ratio=0.6)", (1, 3, 4)),
-        ("skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4], ratio=0.6, layers='3:')", (3, 4)),
-        ("skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4])", (1,)),
-    ):
-        tokred.reset()
-        torch.compiler.reset()
-        with zeroed([layers[number].mlp for number in gone]):
-            wanted = run(model, inputs)
-        close(run(compiled(model, recipe), inputs), wanted)
-        assert tuple(row.layer for row in report() if row.method) == gone
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "vit"])
-def test_an_attention_and_both(name: str) -> None:
-    model, inputs = made(name), inputs_of(name)
-    layer = layers_of(model)[1]
-    attention = {"gemma3": "post_attention_layernorm", "vit": "attention"}.get(name, "self_attn")
-    for blocks, modules in (
-        ("attention", [layer.get_submodule(attention)]),
-        ("both", [layer.get_submodule(attention), mlp_of(name, layer)]),
-    ):
-        tokred.reset()
-        torch.compiler.reset()
-        with zeroed(modules):
-            wanted = run(model, inputs)
-        close(run(compiled(model, f"skip_block(layers=[1], blocks={blocks!r})"), inputs), wanted)
-        assert [bool(row.method) for row in report("attention")] == [False, True]
+    skipped = {
+        "skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4], ratio=0.6)": (1, 3, 4),
+        "skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4], ratio=0.6, layers='3:')": (3, 4),
+        "skip_block(weights=[0.5, 0.1, 0.9, 0.1, 0.4])": (1,),
+    }
+    other = "skip_block(weights=[1, 2, 3])"
+    ways = Ways({recipe: {"strict": recipe != other} for recipe in (*skipped, other)})
+    fast = ways.compile(model)
+    for ways.way, gone in skipped.items():
+        with subtests.test(ways.way):
+            with zeroed([layers[number].mlp for number in gone]):
+                wanted = run(model, inputs)
+            close(run(fast, inputs), wanted)
+            assert tuple(row.layer for row in rows_of(ways.report) if row.method) == gone
+    ways.way = other
+    close(run(fast, inputs), run(model, inputs))
+    assert {row.refusal.reason for row in rows_of(ways.report)} == {"skip_block: 3 weights for 5 layers"}
 
 
 def test_attention_and_mlp_side_by_side() -> None:
@@ -143,35 +152,34 @@ def test_attention_and_mlp_side_by_side() -> None:
     sizes = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
     model = hf.GPTJForCausalLM(hf.GPTJConfig(**sizes)).double().eval()
     inputs, layer = example("llama"), layers_of(model)[0]
-    for blocks, modules in (("mlp", [layer.mlp]), ("attention", [layer.attn]), ("both", [layer.mlp, layer.attn])):
-        tokred.reset()
-        torch.compiler.reset()
+    kinds = {"mlp": [layer.mlp], "attention": [layer.attn], "both": [layer.mlp, layer.attn]}
+    ways = Ways({kind: {"recipe": f"skip_block(layers=[0], blocks={kind!r})"} for kind in kinds}, strict=True)
+    fast = ways.compile(model)
+    for ways.way, modules in kinds.items():
         with zeroed(modules):
             wanted = run(model, inputs)
-        close(run(compiled(model, f"skip_block(layers=[0], blocks={blocks!r})"), inputs), wanted)
+        close(run(fast, inputs), wanted)
 
 
 def test_generate_goes_on_without_the_blocks() -> None:
     """In all graphs; another method's layers keep their numbers, and the caches their lengths."""
-    model, inputs = build("llama"), prompts(3)
+    model, inputs = made("llama", layers=3), prompts(3)
     inputs.pop("position_ids")
     layers = layers_of(model)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     with zeroed([layers[1].mlp, layers[1].self_attn]), torch.no_grad():
         wanted = model.generate(**inputs, **options)
-    recipe = "skip_block(layers=[1], blocks='both') + core_neurons(layers=[3])"
-    fast = tokred.compile(model, recipe.split(" + ")[0], lower="eager", strict=True, fullgraph=True)
+    alone = "skip_block(layers=[1], blocks='both')"
+    ways = Ways([alone, f"{alone} + core_neurons(layers=[2])"], strict=True)
+    fast = ways.generating(model)
     with torch.no_grad():
         assert torch.equal(fast.generate(**inputs, **options), wanted)
-    assert len(tokred.reports().graphs) == 3
-    tokred.reset()
-    torch.compiler.reset()
-    fast = tokred.compile(model, recipe, lower="eager", strict=True, fullgraph=True)
-    with torch.no_grad():
-        fast.generate(**inputs, **options)
-    for graph in tokred.reports().graphs:
-        acted = [row for row in graph.blocks if row.kind == "mlp" and row.method]
-        assert [(row.layer, row.method.partition("(")[0]) for row in acted] == [(1, "skip_block"), (3, "core_neurons")]
+    assert len(ways.reports[alone]) == 3
+    *_, ways.way = ways.options
+    fast.generate(**inputs, **options)
+    for graph in ways.reports[ways.way]:
+        acted = [row for row in rows_of(graph) if row.method]
+        assert [(row.layer, row.method.partition("(")[0]) for row in acted] == [(1, "skip_block"), (2, "core_neurons")]
 
 
 def test_routed_experts_are_refused() -> None:
@@ -179,7 +187,7 @@ def test_routed_experts_are_refused() -> None:
     model = hf.MixtralForCausalLM(hf.MixtralConfig(**TWO | {"num_local_experts": 4})).eval()  # no float64
     got = run(compiled(model, "skip_block(layers=[1])", strict=False), example("llama"))
     torch.testing.assert_close(got, run(model, example("llama")))
-    assert [row.refusal and row.refusal.code for row in report()] == [None, "no-residual"]
+    assert [row.refusal and row.refusal.code for row in rows_of(tokred.reports().graphs[0])] == [None, "no-residual"]
 
 
 class Gated(nn.Module):
@@ -200,13 +208,7 @@ def test_what_is_not_just_added_stays() -> None:
     model, inputs = Gated().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
     got = run(compiled(model, "skip_block(layers=[0])", strict=False), inputs)
     assert torch.equal(got, run(model, inputs))
-    assert [row.refusal.code for row in report()] in (["no-residual"], [])
-
-
-def test_weights_for_another_depth_are_refused() -> None:
-    model, inputs = made("llama"), example("llama")
-    close(run(compiled(model, "skip_block(weights=[1, 2, 3])", strict=False), inputs), run(model, inputs))
-    assert {row.refusal.reason for row in report()} == {"skip_block: 3 weights for 2 layers"}
+    assert [row.refusal.code for row in rows_of(tokred.reports().graphs[0])] in (["no-residual"], [])
 
 
 @pytest.mark.parametrize(

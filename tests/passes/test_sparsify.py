@@ -1,17 +1,20 @@
 """Sparse methods against their definitions, which hooks that mask compute on the unmodified model."""
 
-from itertools import product
+from contextlib import suppress
 
 import pytest
 import torch
 import transformers as hf
 
 import tokred
+from tests.one_capture import Ways
 from tests.passes.sparse_models import GATED, MODELS, TWO, example, gates, linears, made, masking, masking_blocks
 from tokred.calibrate import calibrate
 from tokred.registry.recipe import parse_recipe
 
 MEASURED = 1e-9  # relative to the outputs, in float64
+GREEDY = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
+ALLOCATED = ("llama", "phi3", "gpt2")  # whose layers get shares of their own
 
 
 def run(model, inputs):
@@ -57,38 +60,52 @@ def thresholds(calibration, measured, values, sparsity):
     return found
 
 
-def check(model, recipe, calibration, modules, limits, inputs, *, reads):
-    with masking(modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), inputs=reads):
-        wanted = run(model, inputs)
-    dense = run(model, inputs)
-    got = run(compiled(model, recipe, calibration=calibration, strict=True), inputs)
-    assert (wanted - dense).abs().max() > 1e-3 * dense.abs().max()
-    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(dense.abs().max()))
+class Case:
+    """A model in float64, two batches, and what was measured of them."""
+
+    def __init__(self, name):
+        self.name, self.model = name, made(name)
+        self.batches = [example(name, seed) for seed in range(2)]
+        self.inputs = self.batches[0]
+        self.dense = run(self.model, self.inputs)
+        recipe = " + ".join([GREEDY if name in ALLOCATED else "teal", *["cats"] * (name in GATED)])
+        self.calibration = calibrate(self.model, self.batches, recipe=recipe, progress=False)
+
+    def agree(self, got, modules, mask, *, reads):
+        with masking(modules, mask, inputs=reads):
+            wanted = run(self.model, self.inputs)
+        self.equal(got, wanted)
+
+    def equal(self, got, wanted):
+        assert (wanted - self.dense).abs().max() > 1e-3 * self.dense.abs().max()
+        torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(self.dense.abs().max()))
 
 
-KINDS = {"teal": ("input", linears, 0.4), "cats": ("gate", gates, 0.6)}
+# Each of these gives the options that it is about, and goes on with what the model computes under them and the report.
 
 
-@pytest.mark.parametrize("method, name", [*product(["teal"], MODELS), *product(["cats"], GATED)])
-def test_a_method_masks_what_every_linear_reads_or_the_activated_gate(method, name):
-    measured, found, sparsity = KINDS[method]
-    model, batches = made(name), [example(name, seed) for seed in range(2)]
-    calibration = calibrate(model, batches, recipe=method, progress=False)
-    modules, reads = found(model), measured == "input"
-    values = collected(model, modules, batches, inputs=reads)
-    limits = thresholds(calibration, measured, values, sparsity)
-    recipe = f"{method}(sparsity={sparsity}, phase='masked')"
-    check(model, recipe, calibration, modules, limits, batches[0], reads=reads)
+def teal_masks_what_every_linear_reads(case):
+    calibration = case.calibration
+    got, _ = yield {"recipe": "teal(sparsity=0.4, phase='masked')", "calibration": calibration, "strict": True}
+    modules = linears(case.model)
+    limits = thresholds(calibration, "input", collected(case.model, modules, case.batches, inputs=True), 0.4)
+    case.agree(got, modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), reads=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
-def test_greedy_shares_of_every_layer_leave_out_what_was_asked_for(name):
-    model, batches = made(name), [example(name, seed) for seed in range(2)]
-    greedy = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
-    calibration = calibrate(model, batches, recipe=greedy, progress=False)
-    modules = linears(model)
+def cats_masks_the_activated_gate(case):
+    calibration = case.calibration
+    got, _ = yield {"recipe": "cats(sparsity=0.6, phase='masked')", "calibration": calibration, "strict": True}
+    modules = gates(case.model)
+    limits = thresholds(calibration, "gate", collected(case.model, modules, case.batches, inputs=False), 0.6)
+    case.agree(got, modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), reads=False)
+
+
+def greedy_shares_of_every_layer_leave_out_what_was_asked_for(case):
+    calibration = case.calibration
+    got, _ = yield {"recipe": GREEDY, "calibration": calibration, "strict": True}
+    modules = linears(case.model)
     limits, left = {}, {}
-    for site in calibration.sites:
+    for site in (site for site in calibration.sites if site.values == "input"):
         share = site.shares[40]
         for parameter in site.parameters:
             limits[parameter] = site.sketch.threshold(share) if share else -1.0
@@ -99,48 +116,40 @@ def test_greedy_shares_of_every_layer_leave_out_what_was_asked_for(name):
         part = sum(left[parameter] * sizes[parameter] for parameter in own) / sum(map(sizes.get, own))
         assert part == pytest.approx(0.4)
     assert len(set(left.values())) > 4
-    check(model, greedy, calibration, modules, limits, batches[0], reads=True)
+    case.agree(got, modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), reads=True)
 
 
-def test_teal_without_its_allocation_is_refused():
-    model, batches = made("llama"), [example("llama")]
-    calibration = calibrate(model, batches, recipe="teal", progress=False)
-    run(compiled(model, "teal(allocation='greedy', phase='masked')", calibration=calibration), batches[0])
-    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+def teal_without_its_allocation_is_refused(case):
+    calibration = calibrate(case.model, case.batches[:1], recipe="teal", progress=False)
+    _, report = yield {"recipe": "teal(allocation='greedy', phase='masked')", "calibration": calibration}
+    refusals = [block.refusal for block in report.blocks]
     assert {refusal.code for refusal in refusals} == {"no-allocation"}
     assert "tokred.calibrate(model, batches, recipe=\"teal(allocation='greedy')\")" in refusals[0].reason
+
+
+def an_allocation_that_ends_early_is_refused_behind_its_end(case):
     too_much = "teal(sparsity=0.999, allocation='greedy', phase='masked')"
-    calibration = calibrate(model, batches, recipe=too_much, progress=False)
-    run(compiled(model, too_much, calibration=calibration), batches[0])
-    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
+    _, report = yield {"recipe": too_much, "calibration": case.calibration}
+    refusals = [block.refusal for block in report.blocks]
     assert {refusal.code for refusal in refusals} == {"no-allocation"} and "ends where 9" in refusals[0].reason
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "vit"])
-def test_cats_refuses_mlps_without_a_gate(name):
-    model = made(name)
-    run(compiled(model, "cats(threshold=0.1, phase='masked')"), example(name))
-    refused = [block.refusal.code for block in tokred.reports().graphs[0].blocks if block.refusal]
-    assert refused == ["not-gated"] * 2
+def cats_refuses_mlps_without_a_gate(case):
+    _, report = yield {"recipe": "cats(threshold=0.1, phase='masked')"}
+    assert [block.refusal.code for block in report.blocks if block.refusal] == ["not-gated"] * 2
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_moefy_masks_blocks_of_neurons(name):
-    model, inputs = made(name), example(name)
+def moefy_masks_blocks_of_neurons(case):
     recipe = "moefy(sparsity=0.6, neurons=7, phase='masked')"
-    with masking_blocks(model, parse_recipe(recipe).methods[0]):
-        wanted = run(model, inputs)
-    dense = run(model, inputs)
-    got = run(compiled(model, recipe, strict=True), inputs)
-    assert (wanted - dense).abs().max() > 1e-3 * dense.abs().max()
-    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(dense.abs().max()))
+    got, _ = yield {"recipe": recipe, "strict": True}
+    with masking_blocks(case.model, parse_recipe(recipe).methods[0]):
+        case.equal(got, run(case.model, case.inputs))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_random_neurons_leave_out_the_same_neurons_of_every_token(name):
-    model, inputs = made(name), example(name)
+def random_neurons_leave_out_the_same_neurons_of_every_token(case):
+    got, _ = yield {"recipe": "random_neurons(sparsity=0.25, phase='masked')", "strict": True}
     seen = {}
-    down = {key: module for key, module in linears(model).items() if "down_proj" in key or "mlp.c_proj" in key}
+    down = {key: module for key, module in linears(case.model).items() if "down_proj" in key or "mlp.c_proj" in key}
 
     def draw(key, x):
         layer = list(down).index(key)
@@ -148,13 +157,96 @@ def test_random_neurons_leave_out_the_same_neurons_of_every_token(name):
         seen[key] = ranks
         return x * ranks
 
-    with masking(down, draw, inputs=True):
-        wanted = run(model, inputs)
-    got = run(compiled(model, "random_neurons(sparsity=0.25, phase='masked')", strict=True), inputs)
-    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED)
+    case.agree(got, down, draw, reads=True)
     assert all(kept.sum() == 0.75 * len(kept) for kept in seen.values())
     first, second = seen.values()
     assert not torch.equal(first, second)
+
+
+class Failing(tokred.Sparsity):
+    name = "failing"
+    acts_at = ("up", "down")
+
+    def idle(self, place):
+        return False
+
+    def masked(self, values, place):
+        if (place.layer, place.role) == (0, "down"):
+            raise RuntimeError("no")
+        return values * 0.5
+
+
+def a_method_that_raises_at_one_place_is_refused_at_the_whole_block(case):
+    """What it does at the others is not left behind."""
+    got, report = yield {"recipe": Failing(phase="masked")}
+    first, second = (block for block in report.blocks if block.kind == "mlp")
+    assert (first.refusal.code, second.refusal) == ("method-raised", None)
+    halved = {name: m for name, m in linears(case.model).items() if "layers.1.mlp" in name}
+    case.agree(got, halved, lambda name, x: x * 0.5, reads=True)
+
+
+def no_inputs_left_out_is_the_unmodified_model(case):
+    got, _ = yield {"recipe": "teal(sparsity=0, phase='masked')", "exact": False}
+    assert torch.equal(got, case.dense)
+
+
+def no_gates_left_out_is_the_unmodified_model(case):
+    got, _ = yield {"recipe": "cats(sparsity=0, phase='masked')", "exact": False}
+    assert torch.equal(got, case.dense)
+
+
+def no_blocks_left_out_is_the_unmodified_model(case):
+    got, _ = yield {"recipe": "moefy(sparsity=0, phase='masked')", "exact": False}
+    assert torch.equal(got, case.dense)
+
+
+def prompts_stay_dense_while_the_method_means_the_decoding(case):
+    got, report = yield {"recipe": "cats(threshold=0.1)", "exact": False, "strict": True}
+    assert torch.equal(got, case.dense)
+    assert [block.refusal.code for block in report.blocks if block.kind == "mlp"] == ["prefill"] * 2
+
+
+def a_model_that_never_decodes_says_so(case):
+    _, report = yield {"recipe": "teal(threshold=0.1)"}
+    assert {block.refusal.code for block in report.blocks} == {"no-decode"}
+
+
+def a_method_without_its_calibration_is_refused(case):
+    _, report = yield {"recipe": "teal(phase='masked')"}
+    refusals = [block.refusal for block in report.blocks]
+    assert {refusal.code for refusal in refusals} == {"no-calibration"}
+    assert "tokred.calibrate(model, batches, recipe='teal')" in refusals[0].reason
+
+
+STATEMENTS = {
+    teal_masks_what_every_linear_reads: tuple(MODELS),
+    cats_masks_the_activated_gate: GATED,
+    greedy_shares_of_every_layer_leave_out_what_was_asked_for: ALLOCATED,
+    teal_without_its_allocation_is_refused: ("llama",),
+    an_allocation_that_ends_early_is_refused_behind_its_end: ("llama",),
+    cats_refuses_mlps_without_a_gate: ("gpt2", "opt", "vit"),
+    moefy_masks_blocks_of_neurons: tuple(MODELS),
+    random_neurons_leave_out_the_same_neurons_of_every_token: ("llama", "gpt2"),
+    a_method_that_raises_at_one_place_is_refused_at_the_whole_block: ("llama",),
+    no_inputs_left_out_is_the_unmodified_model: ("llama",),
+    no_gates_left_out_is_the_unmodified_model: ("llama",),
+    no_blocks_left_out_is_the_unmodified_model: ("llama",),
+    prompts_stay_dense_while_the_method_means_the_decoding: ("llama",),
+    a_model_that_never_decodes_says_so: ("vit",),
+    a_method_without_its_calibration_is_refused: ("llama",),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_methods_are_what_they_are_defined_as(name, subtests):
+    torch.compiler.reset()
+    case = Case(name)
+    begun = {each.__name__: each(case) for each, names in STATEMENTS.items() if name in names}
+    ways = Ways({statement: next(rest) for statement, rest in begun.items()})
+    fast = ways.compile(case.model)
+    for ways.way, rest in begun.items():
+        with subtests.test(ways.way), suppress(StopIteration):
+            rest.send((run(fast, case.inputs), ways.report))
 
 
 def test_random_neurons_depend_on_seed_and_layer_alone():
@@ -169,58 +261,6 @@ def test_random_neurons_depend_on_seed_and_layer_alone():
 
 def place(layer):
     return tokred.Neurons(layer, 2, "", "down", 0)
-
-
-def test_a_method_that_raises_at_one_place_is_refused_at_the_whole_block():
-    """What it does at the others is not left behind."""
-    model, inputs = made("llama"), example("llama")
-
-    class Failing(tokred.Sparsity):
-        name = "failing"
-        acts_at = ("up", "down")
-
-        def idle(self, place):
-            return False
-
-        def masked(self, values, place):
-            if (place.layer, place.role) == (0, "down"):
-                raise RuntimeError("no")
-            return values * 0.5
-
-    got = run(compiled(model, Failing(phase="masked")), inputs)
-    first, second = (block for block in tokred.reports().graphs[0].blocks if block.kind == "mlp")
-    assert (first.refusal.code, second.refusal) == ("method-raised", None)
-    halved = {name: m for name, m in linears(model).items() if "layers.1.mlp" in name}
-    with masking(halved, lambda name, x: x * 0.5, inputs=True):
-        wanted = run(model, inputs)
-    torch.testing.assert_close(got, wanted, rtol=MEASURED, atol=MEASURED * float(wanted.abs().max()))
-
-
-@pytest.mark.parametrize("recipe", [f"{name}(sparsity=0, phase='masked')" for name in ("teal", "cats", "moefy")])
-def test_nothing_left_out_is_the_unmodified_model(recipe):
-    model, inputs = made("llama"), example("llama")
-    got = run(compiled(model, recipe, exact=False), inputs)
-    assert torch.equal(got, run(model, inputs))
-
-
-def test_prompts_stay_dense_while_the_method_means_the_decoding():
-    model, inputs = made("llama"), example("llama")
-    got = run(compiled(model, "cats(threshold=0.1)", exact=False, strict=True), inputs)
-    assert torch.equal(got, run(model, inputs))
-    blocks = tokred.reports().graphs[0].blocks
-    assert [block.refusal.code for block in blocks if block.kind == "mlp"] == ["prefill"] * 2
-
-
-def test_a_model_that_never_decodes_says_so():
-    run(compiled(made("vit"), "teal(threshold=0.1)"), example("vit"))
-    assert {block.refusal.code for block in tokred.reports().graphs[0].blocks} == {"no-decode"}
-
-
-def test_a_method_without_its_calibration_is_refused():
-    run(compiled(made("llama"), "teal(phase='masked')"), example("llama"))
-    refusals = [block.refusal for block in tokred.reports().graphs[0].blocks]
-    assert {refusal.code for refusal in refusals} == {"no-calibration"}
-    assert "tokred.calibrate(model, batches, recipe='teal')" in refusals[0].reason
 
 
 def test_routed_experts_are_named_and_refused():

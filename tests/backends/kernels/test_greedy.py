@@ -49,7 +49,7 @@ def arguments(
     )
 
 
-SHAPES = ((1, 1, 4), (3, 30, 16), (2, 33, 8))
+SHAPES = ((1, 1, 4), (3, 15, 16), (2, 33, 8))
 CASES = [
     (objective, shape, dtype, kind, how, count)
     for objective, shape, dtype, kind, how in product(
@@ -153,7 +153,7 @@ torch.save(results, sys.argv[2])
 def test_the_interpreted_triton_kernel_chooses_what_the_reference_does(tmp_path: Path) -> None:
     """In a process of its own: triton decides at import whether what it decorates is interpreted."""
     dtypes, hows = (torch.float32, torch.float64), ("plain", "score", "first", "among")
-    small = product(OBJECTIVES, [(2, 13, 4)], dtypes, KINDS, hows, (1, 5, 13))
+    small = product(OBJECTIVES, [(2, 9, 4)], dtypes, KINDS, hows, (1, 4, 9))
     wanted = [arguments(*case) for number, case in enumerate(small) if number % 5 == 0]
     torch.save(wanted, tmp_path / "cases.pt")
     subprocess.run(

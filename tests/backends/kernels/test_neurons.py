@@ -65,8 +65,13 @@ def gap(found: Tensor, name: str, arguments: tuple[Any, ...]) -> float:
     return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
-def check(name: str, run: Callable[..., Tensor], dtype: torch.dtype, tokens: Any, size: str = "odd") -> None:
-    for activity, count, biased in product(ACTIVITY, tokens, (True, False)):
+def check(
+    name: str, run: Callable[..., Tensor], dtype: torch.dtype, tokens: Any, size: str = "odd", *, every: bool = True
+) -> None:
+    """Every activity with all numbers of tokens, each with a bias and without; one of the two unless `every`."""
+    for number, (activity, count, biased) in enumerate(product(ACTIVITY, tokens, (True, False))):
+        if not every and (number + number // (2 * len(tokens))) % 2:
+            continue
         arguments = case(name, activity, count, dtype, size, biased=biased)
         error = gap(run(*arguments), name, arguments)
         assert error <= TYPES[dtype], f"{name}, {activity}, {count} tokens, {dtype}, {size}: off by {error}"
@@ -288,10 +293,10 @@ def main() -> None:
                 result: Tensor = getattr(neurons_triton, name)(*arguments)
                 return result.to(arguments[0].dtype)
 
-        check(name, run, dtype, (1, 2, 5, 8) if dtype == torch.float32 else (3,))
+        check(name, run, dtype, (1, 2, 5, 8) if dtype == torch.float32 else (3,), every=False)
     SIZES["odd"] = (150, 270, 140)  # several blocks of each
     for name in OPERATORS:
-        check(name, getattr(neurons_triton, name), torch.float32, (3,))
+        check(name, getattr(neurons_triton, name), torch.float32, (3,), every=False)
     print("done")
 
 
