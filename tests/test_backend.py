@@ -176,6 +176,13 @@ def test_each_piece_of_a_broken_model_is_handled_on_its_own() -> None:
         torch.compile(model, backend="tokred", fullgraph=True)(x)
 
 
+def test_fullgraph() -> None:
+    options = {"recipe": TOME, "lower": "eager"}
+    with torch.no_grad():
+        fast = torch.compile(layer(), backend="tokred", fullgraph=True, options=options)
+        assert fast(torch.randn(2, 24, 32)).shape == (2, 24, 32)
+
+
 def test_reduced_outputs_are_shorter_and_full_ones_are_not() -> None:
     """In one graph, too."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval()

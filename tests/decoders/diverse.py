@@ -64,13 +64,13 @@ def _pivots(model: Any, inputs: dict[str, Tensor]) -> list[int] | None:
     return attention[:, 0, 1:].argmax(-1).tolist()
 
 
-def todre(keep: float, exit_layer: int) -> Selection:
-    """arXiv 2505.18757v2: from the pivot on always the row least like the chosen ones. Without an encoder the pivot is
-    the row nearest the mean."""
+def todre(keep: float, exit_layer: int, pivot: str = "class") -> Selection:
+    """arXiv 2505.18757v2: from the pivot on always the row least like the chosen ones. Without an encoder, and
+    for "mean", the pivot is the row nearest the mean."""
 
     def select(model: nn.Module, inputs: dict[str, Tensor], visual: Tensor) -> Dropped:
         kept: list[list[int]] = []
-        pivots = _pivots(model, inputs)
+        pivots = _pivots(model, inputs) if pivot == "class" else None
         for rows, x, cosines in _entering(model, inputs, visual):
             mean = x[rows].mean(0)
             nearness = [float(x[row] @ mean / x[row].norm()) for row in rows]

@@ -16,6 +16,7 @@ from tests.decoders.models import build, prompts
 from tests.passes.sparse_models import TWO, example, linears, made, masking
 from tests.passes.test_skip_weights import LoraLinear
 from tokred.errors import ArgumentError
+from tokred.registry.neurons import Neurons
 from tokred.registry.recipe import parse_recipe
 
 EXACT = 1e-9  # relative to the logits, in float64
@@ -388,3 +389,11 @@ def test_arguments_out_of_range_are_errors(argument: str) -> None:
 def test_layers_between_those_of_the_paper() -> None:
     method = parse_recipe("core_neurons").methods[0]
     assert method.default_layers(32) == list(range(6, 27))
+
+
+def test_a_core_is_rounded_up_and_has_positive_numbers_alone() -> None:
+    method = parse_recipe("core_neurons(keep=0.001, token_keep=0.28)").methods[0]
+    numbers = torch.arange(1.0, 31)
+    rows = [numbers.where(numbers > least, -numbers) for least in (5, 30, 28)]  # 25, 0 and 2 are positive
+    assert method.votes(torch.stack(rows)).sum(-1).tolist() == [7, 0, 1]
+    assert method.kept(Neurons(0, 1, "", "down", 30)) == 1

@@ -23,6 +23,7 @@ METHODS: dict[str, oracle.Selection] = {
     "sparsevlm(keep=[0.5, 0.25], layers=[1, 3])": oracle.sparsevlm([1, 3], [0.5, 0.25]),
     "hidrop(keep=[0.5, 0.25, 0], layers=[1, 2, 4])": oracle.hidrop([1, 2, 4], [0.5, 0.25, 0]),
     "todre(keep=0.4)": diverse.todre(0.4, exit_layer=4),
+    "todre(keep=0.4, pivot='mean')": diverse.todre(0.4, exit_layer=4, pivot="mean"),
     "zoo_prune(keep=0.4)": diverse.zoo_prune(0.4),
     "zoo_prune(keep=0.4, probes=9, step=0.1, seed=3)": diverse.zoo_prune(0.4, 9, 0.1, 3),
     "zoo_prune(keep=0.4, probes=0)": diverse.zoo_prune(0.4, 0),
@@ -67,8 +68,9 @@ def survivors(dropped: oracle.Dropped, batch: int) -> list[list[list[int]]]:
 
 
 def recipes(name: str) -> list[str]:
-    """Those to try on a model: ZOO-Prune's probes, which run the projector once more, on one of the VLMs."""
-    return [each for each in METHODS if name.startswith("llava") or "zoo" not in each or "probes=0" in each]
+    """Those to try on a model: what else is made of an encoder, as ZOO-Prune's probes, on some of the VLMs."""
+    everywhere = [each for each in METHODS if "pivot" not in each and ("zoo" not in each or "probes=0" in each)]
+    return list(METHODS) if name.startswith("llava") else everywhere
 
 
 class Prefill:

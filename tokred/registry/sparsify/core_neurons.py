@@ -59,7 +59,7 @@ class CoreNeurons(Chosen):
     def votes(self, values: Tensor) -> Tensor:
         size = values.shape[-1]
         positive = (values > 0).sum(-1, keepdim=True)  # [.. 1]
-        wanted = (self.token_keep * positive.double() - 1e-9).ceil().long()  # 0.2 of 15 are 3, not 3.0000000000000004
+        wanted = (self.token_keep * positive.double() - 1e-9).ceil().long()  # 0.28 of 25 are 7, not 7.000000000000001
         largest = values.topk(min(ceil(self.token_keep * size), size), dim=-1).values
         least = largest.gather(-1, (wanted - 1).clamp(min=0))  # the smallest activation in the token's core
         core: Tensor = (values >= least) & (values > 0)
