@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import tokred
 from tests.decoders import oracle
 from tests.decoders.models import DECODERS, IMAGE, LENGTH, VLMS, build, prompts
 from tests.decoders.test_mask_oracle import options, reference, visual
+from tests.one_capture import Switch
 from tokred import Place
+from tokred.compiler.options import parse_options
 from tokred.errors import ArgumentError, StrictError
-from tokred.generation import PrunedLayer
+from tokred.generation import PrunedLayer, with_pruned_caches
 from tokred.registry.prune.mixture_of_depths import MixtureOfDepths
 from tokred.registry.recipe import parse_recipe
 
@@ -106,9 +109,10 @@ def test_inductor_routes_as_the_rewritten_graph_does() -> None:
     inputs = prompts(2, model="llava")
     inputs["pixel_values"] = inputs["pixel_values"].float()
     weights = {name: tensor.float() for name, tensor in routers().items()}
-    logits = []
-    for lower in ("inductor", "eager"):
-        model = tokred.compile(build("llava", torch.float32), MixtureOfDepths(routers=weights), lower=lower)
+    given = {lower: {"recipe": MixtureOfDepths(routers=weights), "lower": lower} for lower in ("inductor", "eager")}
+    switch = Switch({way: parse_options(each, companion=True) for way, each in given.items()})
+    model, logits = with_pruned_caches(build("llava", torch.float32), partial(torch.compile, backend=switch)), []
+    for switch.way in given:
         with torch.no_grad():
             logits.append(model(**inputs).logits)
     assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].abs().max()

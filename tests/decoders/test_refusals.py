@@ -16,6 +16,7 @@ from tokred.generation import PrunedLayer
 from tokred.testing import TinyViT
 
 VISUAL = {"spans": {"visual": SPAN}}
+THREE = SIZES | {"num_hidden_layers": 3}
 
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -33,7 +34,7 @@ def refusals(model: Any, recipe: str, options: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize(("name", "options", "found"), [("llava", {}, "masked_scatter"), ("llama", VISUAL, "options")])
 def test_the_report_says_what_the_span_was_found_from(name: str, options: dict[str, Any], found: str) -> None:
-    compiled = tokred.compile(build(name), "fastv(layer=2, keep=0.5)", lower="eager", **options)
+    compiled = tokred.compile(build(name, layers=3), "fastv(layer=2, keep=0.5)", lower="eager", **options)
     with torch.no_grad():
         compiled(**prompts(model=name))
     blocks = [block for graph in tokred.reports().graphs for block in graph.blocks]
@@ -42,26 +43,26 @@ def test_the_report_says_what_the_span_was_found_from(name: str, options: dict[s
 
 
 def test_without_a_visual_span_there_is_nothing_to_drop() -> None:
-    assert refusals(build("llama"), "fastv()", {}) == ["no-visual-span"]
+    assert refusals(build("llama", layers=3), "fastv()", {}) == ["no-visual-span"]
 
 
 def test_the_layer_before_the_first_has_no_attention() -> None:
-    assert refusals(build("llama"), "fastv(layer=0)", VISUAL) == ["no-previous-layer"]
+    assert refusals(build("llama", layers=3), "fastv(layer=0)", VISUAL) == ["no-previous-layer"]
 
 
 def test_layer_0_s_cache_stays_whole_where_positions_are_read_off_it() -> None:
-    assert refusals(build("llama"), "pyramiddrop(layers=[0])", VISUAL) == ["first-cache"]
+    assert refusals(build("llama", layers=3), "pyramiddrop(layers=[0])", VISUAL) == ["first-cache"]
 
 
 def test_a_cache_that_is_a_window_long_stays_whole() -> None:
-    config = hf.MistralConfig(**SIZES, sliding_window=8)
+    config = hf.MistralConfig(**THREE, sliding_window=8)
     torch.manual_seed(0)
     model = hf.MistralForCausalLM(config).double().eval()
     assert set(refusals(model, "fastv()", VISUAL)) == {"sliding-cache"}
 
 
 def test_a_static_cache_is_left_as_it_is() -> None:
-    model, inputs = build("llama"), prompts()
+    model, inputs = build("llama", layers=3), prompts()
     compiled = tokred.compile(model, "fastv()", lower="eager", **VISUAL)
     outputs = []
     for function in (compiled, model):
@@ -74,7 +75,7 @@ def test_a_static_cache_is_left_as_it_is() -> None:
 
 
 def test_steps_that_extend_a_cache_are_no_failure_under_strict_and_verify() -> None:
-    compiled = tokred.compile(build("llama"), "fastv()", lower="eager", strict=True, verify=True, **VISUAL)
+    compiled = tokred.compile(build("llama", layers=3), "fastv()", lower="eager", strict=True, verify=True, **VISUAL)
     inputs = prompts()
     ids = compiled.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3)
     assert ids.shape == (3, LENGTH + 3)
@@ -83,21 +84,25 @@ def test_steps_that_extend_a_cache_are_no_failure_under_strict_and_verify() -> N
 
 
 def test_all_tokens_of_a_sequence_are_never_dropped() -> None:
-    assert refusals(build("llama"), "fastv(keep=0.01)", {"spans": {"visual": (0, LENGTH)}}) == ["nothing-left"]
+    assert refusals(build("llama", layers=3), "fastv(keep=0.01)", {"spans": {"visual": (0, LENGTH)}}) == [
+        "nothing-left"
+    ]
 
 
 @pytest.mark.slow
 def test_all_tokens_of_an_image_may_be_dropped() -> None:
     inputs = prompts(2, model="llava")
     with torch.no_grad():
-        output = tokred.compile(build("llava"), "fastv(keep=0.01)", lower="eager")(**inputs)  # round(0.16) of 16
+        output = tokred.compile(build("llava", layers=3), "fastv(keep=0.01)", lower="eager")(
+            **inputs
+        )  # round(0.16) of 16
     text = [row.nonzero().squeeze(-1).tolist() for row in inputs["input_ids"] != IMAGE]
-    assert [layer.rows.tolist() for layer in output.past_key_values.layers[2:]] == [text] * 3
+    assert [layer.rows.tolist() for layer in output.past_key_values.layers[2:]] == [text]
     assert output.logits.shape[1] == LENGTH and bool(output.logits.isfinite().all())
 
 
 def test_a_prompt_without_an_image_has_no_visual_span() -> None:
-    model, inputs = build("llava"), prompts(2)  # no image tokens and no pixels
+    model, inputs = build("llava", layers=3), prompts(2)  # no image tokens and no pixels
     with torch.no_grad():
         logits = tokred.compile(model, "fastv(keep=0.5)", lower="eager")(**inputs).logits
         assert torch.equal(logits, model(**inputs).logits)
@@ -131,7 +136,7 @@ def test_in_a_vit_s_last_layer_the_missing_image_is_the_reason_and_liveness_stil
 @pytest.mark.slow
 def test_a_model_that_cannot_be_traced_whole_is_traced_in_pieces() -> None:
     """Qwen2-VL reads lengths as numbers and splits by them: with Dynamo's flags for that, tracing fails."""
-    text = SIZES | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    text = THREE | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
     special = {"image_token_id": IMAGE, "video_token_id": 95, "vision_start_token_id": 96, "vision_end_token_id": 97}
     torch.manual_seed(0)
@@ -154,14 +159,14 @@ def test_a_model_that_cannot_be_traced_whole_is_traced_in_pieces() -> None:
         for graph in tokred.explain(model, recipe="fastv(keep=0.5)", **inputs).graphs
         for block in graph.blocks
     ]
-    assert explained == compiled and len(compiled) >= 2 * SIZES["num_hidden_layers"]
+    assert explained == compiled and len(compiled) >= 2 * THREE["num_hidden_layers"]
 
 
 def test_samples_with_different_numbers_of_image_tokens_are_an_error() -> None:
     inputs = prompts(2, model="llava")
     ids = inputs["input_ids"]
     ids[0, 20], ids[1, (ids[1] == IMAGE).nonzero()[0]] = IMAGE, 5  # 17 and 15, and as many features as before
-    compiled = tokred.compile(build("llava"), "fastv(keep=0.5)", lower="eager")
+    compiled = tokred.compile(build("llava", layers=3), "fastv(keep=0.5)", lower="eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match="different numbers of image tokens"):
         compiled(**inputs)
 
@@ -178,12 +183,14 @@ def test_samples_with_different_numbers_of_image_tokens_are_an_error() -> None:
 )
 def test_spans_that_cannot_be_are_errors(spans: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        tokred.explain(build("llama"), **prompts(), recipe="fastv()", options={"spans": spans})
+        tokred.explain(build("llama", layers=3), **prompts(), recipe="fastv()", options={"spans": spans})
 
 
 def test_a_span_behind_the_sequence_is_an_error() -> None:
     with pytest.raises(BackendCompilerFailed, match="OptionError: option spans: visual rows 9:27 of a sequence of 26"):
-        tokred.explain(build("llama"), **prompts(), recipe="fastv()", options={"spans": {"visual": (9, LENGTH + 1)}})
+        tokred.explain(
+            build("llama", layers=3), **prompts(), recipe="fastv()", options={"spans": {"visual": (9, LENGTH + 1)}}
+        )
 
 
 def test_beams_reorder_what_a_pruned_layer_knows() -> None:
@@ -206,7 +213,7 @@ def test_beams_reorder_what_a_pruned_layer_knows() -> None:
 def test_sequences_sampled_from_one_prompt_have_its_caches() -> None:
     """Of the most probable token alone: what is sampled is known then."""
     ids, mask = (prompts()[name] for name in ("input_ids", "attention_mask"))
-    compiled = tokred.compile(build("llama"), "fastv(layer=2, keep=0.5)", lower="eager", **VISUAL)
+    compiled = tokred.compile(build("llama", layers=3), "fastv(layer=2, keep=0.5)", lower="eager", **VISUAL)
     given: dict[str, Any] = {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "max_new_tokens": 4}
     sampled = compiled.generate(ids, attention_mask=mask, **given)
     twice, given = ids.repeat_interleave(2, 0), {"attention_mask": mask.repeat_interleave(2, 0), "max_new_tokens": 4}

@@ -41,7 +41,7 @@ AttentionMaskInterface.register("token_sparse_reference", sdpa_mask)
 @contextmanager
 def reference(name: str, layers: set[int], valid: Tensor) -> Iterator[nn.Module]:
     """The model with the reference in it."""
-    model = build(name)
+    model = build(name, layers=3)
     kind = "token_sparse_reference"
     model.set_attn_implementation({"text_config": kind} if name in VLMS else kind)
     _layers.update(layers)
@@ -61,12 +61,12 @@ pytestmark = pytest.mark.usefixtures("fresh")
 def test_a_prefill_is_the_reference_s_and_its_caches_are_whole(name: str) -> None:
     inputs = prompts(model=name)
     real = inputs["attention_mask"].bool()
-    with torch.no_grad(), reference(name, {2, 3, 4}, real) as plain:
+    with torch.no_grad(), reference(name, {1, 2}, real) as plain:
         wanted = plain(**inputs, use_cache=False).logits
-    model = tokred.compile(build(name), RECIPE, lower="eager")
+    model = tokred.compile(build(name, layers=3), RECIPE, lower="eager")
     with torch.no_grad():
         output = model(**inputs)
-        unlike = build(name)(**inputs, use_cache=False).logits
+        unlike = build(name, layers=3)(**inputs, use_cache=False).logits
     assert (output.logits - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
     assert (unlike - wanted)[real].abs().max() > 1e-3 * wanted.abs().max(), "the reference leaves nothing out"
     assert all(layer.keys.shape[2] == LENGTH for layer in output.past_key_values.layers)
@@ -78,12 +78,12 @@ def test_generation_goes_on_densely_from_whole_caches() -> None:
     inputs = prompts(3, model="llama")
     given = {key: value for key, value in inputs.items() if key != "position_ids"}
     how = {"do_sample": False, "max_new_tokens": 12}
-    with torch.no_grad(), reference("llama", {2, 3}, inputs["attention_mask"].bool()) as plain:
+    with torch.no_grad(), reference("llama", {1}, inputs["attention_mask"].bool()) as plain:
         wanted = plain.generate(**given, **how)  # type: ignore[operator]
-    model = tokred.compile(build("llama"), RECIPE, lower="eager", strict=True)
+    model = tokred.compile(build("llama", layers=3), RECIPE, lower="eager", strict=True)
     new = model.generate(**given, **how)
     assert new.tolist() == wanted.tolist()
-    assert new.tolist() != build("llama").generate(**given, **how).tolist(), "dense attention says the same"
+    assert new.tolist() != build("llama", layers=3).generate(**given, **how).tolist(), "dense attention says the same"
 
 
 @pytest.mark.slow
@@ -92,16 +92,16 @@ def test_behind_fastv_the_rows_that_are_left_choose() -> None:
     inputs = prompts(model="llama")
     real = inputs["attention_mask"].bool()
     model = tokred.compile(
-        build("llama"), f"fastv(layer=2, keep=0.5) + {RECIPE}", lower="eager", spans={"visual": SPAN}
+        build("llama", layers=3), f"fastv(layer=1, keep=0.5) + {RECIPE}", lower="eager", spans={"visual": SPAN}
     )
     with torch.no_grad():
         output = model(**inputs)
-    kept = output.past_key_values.layers[2].rows
+    kept = output.past_key_values.layers[1].rows
     acted = [row for row in tokred.reports().graphs[0].blocks if row.kind == "attention" and row.method]
-    assert [row.layer for row in acted] == [2, 3, 4]
-    assert acted[0].method == f"fastv(layer=2, keep=0.5) + {acted[1].method}"
+    assert [row.layer for row in acted] == [1, 2]
+    assert acted[0].method == f"fastv(layer=1, keep=0.5) + {acted[1].method}"
     assert acted[0].tokens == (LENGTH, kept.shape[1])
     valid = real & torch.zeros_like(real).scatter(1, kept, True)
-    with torch.no_grad(), reference("llama", {2, 3, 4}, valid) as plain:
+    with torch.no_grad(), reference("llama", {1, 2}, valid) as plain:
         wanted = plain(**inputs, use_cache=False).logits
     assert (output.logits - wanted)[valid].abs().max() < 1e-9 * wanted.abs().max()

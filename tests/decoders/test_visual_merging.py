@@ -86,10 +86,10 @@ def test_a_merged_prefill_is_the_model_on_merged_embeddings(name: str, padded: b
         inputs = {key: value for key, value in inputs.items() if key not in ("attention_mask", "position_ids")}
     places = torch.arange(LENGTH).expand(3, -1)
     visual = inputs["input_ids"] == IMAGE if name in VLMS else (places >= SPAN[0]) & (places < SPAN[1])
-    wanted, rows = by_hand(build(name), inputs, visual)
+    wanted, rows = by_hand(build(name, layers=3), inputs, visual)
     spans = {} if name in VLMS else {"spans": {"visual": SPAN}}
     with torch.no_grad():
-        output = tokred.compile(build(name), Halves(), lower="eager", **spans)(**inputs)
+        output = tokred.compile(build(name, layers=3), Halves(), lower="eager", **spans)(**inputs)
     for sample in range(3):
         left = [
             (i, row)
@@ -99,7 +99,7 @@ def test_a_merged_prefill_is_the_model_on_merged_embeddings(name: str, padded: b
         short, full = ([pair[i] for pair in left] for i in (0, 1))
         gap = (output.logits[sample, full] - wanted[sample, short]).abs().max()
         assert gap < 1e-9 * wanted.abs().max(), f"off by {gap}"
-    assert [layer.rows.tolist() for layer in output.past_key_values.layers] == [rows.tolist()] * 5
+    assert [layer.rows.tolist() for layer in output.past_key_values.layers] == [rows.tolist()] * 3
 
 
 def test_image_tokens_in_two_pieces_are_an_error() -> None:
@@ -107,13 +107,13 @@ def test_image_tokens_in_two_pieces_are_an_error() -> None:
     ids = inputs["input_ids"]
     first = int((ids[0] == IMAGE).nonzero()[0])
     ids[0, first + 16], ids[0, first + 8] = IMAGE, 5  # sixteen, with a word between them
-    compiled = tokred.compile(build("llava"), Halves(layer=1), lower="eager")
+    compiled = tokred.compile(build("llava", layers=3), Halves(layer=1), lower="eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match="text stands between the image tokens"):
         compiled(**inputs)
 
 
 def test_merging_anything_else_is_refused() -> None:
-    compiled = tokred.compile(build("llava"), Careless(layer=1), lower="eager")
+    compiled = tokred.compile(build("llava", layers=3), Careless(layer=1), lower="eager")
     with torch.no_grad():
         compiled(**prompts(model="llava"))
     codes = {b.refusal.code for graph in tokred.reports().graphs for b in graph.blocks if b.refusal and b.method}
