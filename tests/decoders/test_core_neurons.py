@@ -24,7 +24,7 @@ ROUNDED = 3e-7  # generate() returns them in float32
 DECODERS = ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "opt"]
 
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh")]
 
 
 def core_of(rows: list[Tensor], keep: float, token_keep: float) -> set[int]:

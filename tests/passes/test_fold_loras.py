@@ -21,6 +21,7 @@ from tokred.registry.sparsify.lora_prune import Branch, Kept, Merged
 from tokred.testing.contract import words
 from tokred.testing.models import TinyText
 
+pytestmark = pytest.mark.slow
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest number
 aten = torch.ops.aten
 PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}

@@ -28,7 +28,7 @@ MLPS = {  # what gives a layer's MLP's share of the stream, norms and scales beh
 }
 
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh")]
 
 
 def dinov2() -> Any:

@@ -15,6 +15,8 @@ from tokred.compiler.machine import Machine
 from tokred.compiler.relaid import Relaid
 from tokred.registry.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 
 class LoraLinear(nn.Module):
     """As PEFT writes it."""

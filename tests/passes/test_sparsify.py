@@ -17,6 +17,9 @@ GREEDY = "teal(sparsity=0.4, allocation='greedy', phase='masked')"
 ALLOCATED = ("llama", "phi3", "gpt2")  # whose layers get shares of their own
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(model, inputs):
     with torch.no_grad():
         out = model(inputs)
