@@ -87,20 +87,20 @@ class Case:
 # Each of these gives the options that it is about, and goes on with what the model computes under them and the report.
 
 
+def masks_below_quantiles(case, method, sparsity, modules, *, reads):
+    calibration, recipe = case.calibration, f"{method}(sparsity={sparsity}, phase='masked')"
+    got, _ = yield {"recipe": recipe, "calibration": calibration, "strict": True}
+    values = collected(case.model, modules, case.batches, inputs=reads)
+    limits = thresholds(calibration, "input" if reads else "gate", values, sparsity)
+    case.agree(got, modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), reads=reads)
+
+
 def teal_masks_what_every_linear_reads(case):
-    calibration = case.calibration
-    got, _ = yield {"recipe": "teal(sparsity=0.4, phase='masked')", "calibration": calibration, "strict": True}
-    modules = linears(case.model)
-    limits = thresholds(calibration, "input", collected(case.model, modules, case.batches, inputs=True), 0.4)
-    case.agree(got, modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), reads=True)
+    yield from masks_below_quantiles(case, "teal", 0.4, linears(case.model), reads=True)
 
 
 def cats_masks_the_activated_gate(case):
-    calibration = case.calibration
-    got, _ = yield {"recipe": "cats(sparsity=0.6, phase='masked')", "calibration": calibration, "strict": True}
-    modules = gates(case.model)
-    limits = thresholds(calibration, "gate", collected(case.model, modules, case.batches, inputs=False), 0.6)
-    case.agree(got, modules, lambda name, x: torch.where(x.abs() > limits[name], x, 0.0), reads=False)
+    yield from masks_below_quantiles(case, "cats", 0.6, gates(case.model), reads=False)
 
 
 def greedy_shares_of_every_layer_leave_out_what_was_asked_for(case):
