@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
@@ -84,11 +84,12 @@ def with_pruned_caches(model: Any, compile_forward: Callable[[Any], Any]) -> Any
     result.__dict__.pop("_compiled_call_impl", None)
     compiled = compile_forward(model.forward)
     _mask_by_cache(model)
+    _capture_outputs(model)
     vision = _sees(model)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, Turn]:
         turn = Turn(_request_of((*args, *kwargs.values())))
-        with traced_whole(model, vision=vision), serving(turn):
+        with _tracing(vision=vision), serving(turn):
             return compiled(*args, **kwargs), turn
 
     @wraps(model.forward)
@@ -140,16 +141,18 @@ def _encode_in_prefill(ahead: Callable[..., Any]) -> Callable[..., Any]:
     return prepare
 
 
-@contextmanager
-def traced_whole(model: Any, *, vision: bool | None = None) -> Iterator[None]:
+def traced_whole(model: Any, *, vision: bool | None = None) -> AbstractContextManager[Any]:
     """Inside, Dynamo makes one graph of a generating model where it would break a VLM's into several."""
     _capture_outputs(model)
-    vision = _sees(model) if vision is None else vision
-    # A VLM counts its image tokens with .item(). An epsilon that another model of its class has otherwise would become
-    # a run-time number.
+    return _tracing(vision=_sees(model) if vision is None else vision)
+
+
+def _tracing(*, vision: bool) -> AbstractContextManager[Any]:
+    """A VLM counts its image tokens with .item(). An epsilon that another model of its class has otherwise would become
+    a run-time number."""
     flags = {"capture_scalar_outputs": vision, "capture_dynamic_output_shape_ops": vision, "specialize_float": True}
-    with torch._dynamo.config.patch(flags):
-        yield
+    patched: AbstractContextManager[Any] = torch._dynamo.config.patch(flags)
+    return patched
 
 
 def _sees(model: Any) -> bool:
