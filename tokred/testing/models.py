@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
@@ -90,6 +91,7 @@ class TinyPrompt(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        assert ids.shape[0] == pixels.shape[0], "one image for each prompt"
         words, patches = self.words(ids), self.patch(pixels).flatten(2).transpose(1, 2)
         seen = self.eye(torch.cat([self.first.expand(patches.shape[0], -1, -1), patches], 1))
         features = self.project(seen[:, 1:])
@@ -136,6 +138,7 @@ class Run:
     """What tokred did with each graph of a model that `compiled` made, in the order of compilation."""
 
     graphs: list[Compiled] = field(default_factory=list)
+    fixed: bool = False  # what was done holds for some of the sizes that the trace left open
 
     @property
     def applied(self) -> list[Any]:
@@ -156,7 +159,10 @@ class Run:
 
 
 class Traced:
-    """A model that Dynamo and the capture, which know no method, see once; any number of methods follow, one by one."""
+    """A model that Dynamo and the capture, which know no method, see once; any number of methods follow, one by one.
+
+    A method that sets `Run.fixed` must be the last: Dynamo looked at its guards when it had traced for the first.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -177,17 +183,21 @@ class Traced:
 
     def _compile(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         captured: list[fx.GraphModule] = []
-        number = next(self._numbers)
+        number, mode = next(self._numbers), detect_fake_mode(inputs)
+        sizes = mode.shape_env if mode is not None else None
+        guards = 0
 
         def observe(stage: str, graph: fx.GraphModule) -> None:
-            if stage == "captured" and not captured:
-                captured.append(graph)
+            nonlocal guards
+            if stage == "captured":
+                captured[:], guards = [graph], len(sizes.guards) if sizes is not None else 0
 
         def function() -> Callable[..., Any]:
             options, run, made = self._now
             if number not in made:
                 done = transform(gm, inputs, options, observe, captured=captured[0] if captured else None)
                 run.graphs.append(done)
+                run.fixed |= sizes is not None and len(sizes.guards) > guards
                 graph = done.graph if done.changed else gm
                 made[number] = with_extras(graph, graph, done.extras, done.own)
             return made[number]
@@ -222,19 +232,26 @@ def check_model(method: Method, idle: Method, traced: Traced, inputs: tuple[Any,
     return run
 
 
-def check_dynamic(method: Method, model: nn.Module, batches: list[tuple[Tensor, ...]]) -> None:
-    """One graph serves batches of several sizes."""
-    function, run = compiled(model, method)
+def check_dynamic(method: Method, traced: Traced, batches: list[tuple[Tensor, ...]], *, alone: bool) -> bool:
+    """One graph serves batches of several sizes. `alone`, the method is the first of this trace.
+
+    If not: whether the trace was of use. If the method fixes a size, it is not, and must be checked alone.
+    """
+    model = traced.model
+    function, run = traced.under(method)
     with torch.no_grad():
         for inputs in batches:
             for tensor in inputs:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
             outputs = _leaves(function(*inputs))
+            if run.fixed and not alone:
+                return False
             where = f"{method} in {type(model).__name__}, dynamic batch of {inputs[0].shape[0]}"
             for plain, got in zip(_leaves(model(*inputs)), outputs, strict=True):
                 _same_form(where, plain, got)
     assert len(run.graphs) == 1, f"{method}: {len(run.graphs)} graphs for {len(batches)} batch sizes, not one"
     assert run.layers, f"{method}: refused where the batch size is dynamic: {run.refusals}"
+    return True
 
 
 def check_type(method: Method, traced: Traced, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
