@@ -51,6 +51,7 @@ def layer() -> nn.Module:
     return nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
 
 
+@pytest.mark.slow
 def test_inductor_agrees_with_the_eager_lowering_and_verify_with_both() -> None:
     model, x = vit(), pixels(3)
     ways = Ways({"eager": {}, "inductor": {"lower": "inductor"}}, recipe=TOME, verify=True)
@@ -75,6 +76,7 @@ def test_a_new_batch_size_compiles_once_more_and_then_never() -> None:
     assert len(tokred.reports().graphs) == 2
 
 
+@pytest.mark.slow
 def test_dynamic_batch_from_the_start() -> None:
     options = {"recipe": TOME, "lower": "aot_eager"}
     fast = torch.compile(layer(), backend="tokred", options=options, dynamic=True)
@@ -85,6 +87,7 @@ def test_dynamic_batch_from_the_start() -> None:
     assert tokred.reports().graphs[0].blocks[0].method is not None
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter() -> None:
     model = vit().train()
     for module in model.modules():
@@ -107,6 +110,7 @@ def test_gradients_reach_every_parameter() -> None:
             torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=1e-5, msg=f"{ways.way}: {name}")
 
 
+@pytest.mark.slow
 def test_bfloat16_and_autocast_run_and_keep_their_dtype() -> None:
     ways = Ways({"unchanged": {"recipe": None, "lower": "aot_eager"}, "merged": {"recipe": TOME, "lower": "inductor"}})
     with torch.no_grad():

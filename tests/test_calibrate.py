@@ -96,6 +96,7 @@ def test_padding_does_not_count():
     assert np.array_equal(sketch.counts, wanted.counts)
 
 
+@pytest.mark.slow
 def test_padding_of_flattened_rows_does_not_count():
     """GPT-2 multiplies [B*N C]."""
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -110,6 +111,7 @@ def test_padding_of_flattened_rows_does_not_count():
         tokred.calibrate(made("gpt2"), [inputs | {"attention_mask": mask * 0}], recipe="teal", progress=False)
 
 
+@pytest.mark.slow
 def test_another_model_is_an_error_that_says_what_differs():
     found = measured()
     with pytest.raises(

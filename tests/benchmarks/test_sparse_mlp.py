@@ -11,6 +11,7 @@ import torch
 from benchmarks import sparse_mlp
 
 
+@pytest.mark.slow
 def test_both_programs_compute_the_same_where_nothing_is_left_out() -> None:
     weights = sparse_mlp.Weights(1, 32, 64, torch.float32)
     with torch.no_grad():

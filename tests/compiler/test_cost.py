@@ -55,6 +55,7 @@ def transformed(model: nn.Module, *inputs: Tensor, **options: Any) -> tuple[Comp
 # -- the report's FLOPs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tome(r=8)", "evit(keep=0.5, layers=[0, 2])", "tomesd(ratio=0.5)"])
 def test_flops_after_are_what_the_rewritten_graph_does(recipe: str) -> None:
     done, counted = transformed(TinyViT().eval(), PIXELS, recipe=recipe)
@@ -108,6 +109,7 @@ def test_layers_that_share_a_module_are_told_apart() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_symbolic_batch_is_reported_in_numbers() -> None:
     x = PIXELS.clone()
     torch._dynamo.mark_dynamic(x, 0)

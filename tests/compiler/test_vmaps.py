@@ -24,6 +24,7 @@ def of_one_kind(kinds: Tensor, x: Tensor) -> Tensor:
     return x.where(see(torch.arange(kinds.shape[0]), places, places), x.exp())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_vmapped_mask_is_plain_calls(dynamic: bool) -> None:
     kinds, x = torch.tensor([[0, 1, 1, 2, 2], [3, 3, 3, 0, 1]]), torch.randn(2, 5, 5)

@@ -97,6 +97,7 @@ def test_einsum_counts_each_contraction(equation: str, shapes: list[tuple[int, .
     assert sum(flops(node) for node in graph.graph.nodes) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -198,6 +199,7 @@ def test_attention_is_quadratic_in_tokens_and_linear_elsewhere() -> None:
     assert per_block < sum(flops(node) for node in graph.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_symbolic_batch_stays_a_symbol_and_numbers_come_from_its_hint() -> None:
     x = r(6, 3, 12, 12)
     model = TinyViT().eval()

@@ -102,6 +102,7 @@ def test_values_out_of_range(wrong: str) -> None:
         method(f"catp({'' if wrong.startswith('images') else 'images=2, '}{wrong})")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "code", "reason"),
     [
@@ -134,6 +135,7 @@ class Rises(VisualCut):
         return (site.attention(row=-1) - site.earlier.attention(row=-1)).mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "layer", "code", "reason"),
     [

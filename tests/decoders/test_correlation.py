@@ -103,6 +103,7 @@ def test_crops_keep_the_tokens_that_the_paper_s_steps_choose(name: str, head: in
     assert (output.logits[real] - wanted[real]).abs().max() < 1e-9 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_without_an_encoder_of_its_patches_nothing_is_chosen() -> None:
     inputs = prompts()
     model = build("llama", layers=3)

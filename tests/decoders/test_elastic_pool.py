@@ -111,6 +111,7 @@ def test_a_pooled_prefill_is_the_language_model_on_pooled_features(name: str, to
     assert (got - wanted)[real].abs().max() < 1e-9 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_four_images_are_not_one_grid_though_their_tokens_are_a_square_number() -> None:
     ids = torch.randint(3, 98, (1, 4 * PATCHES + 5), generator=torch.Generator().manual_seed(0))
     ids[:, 1 : 1 + 4 * PATCHES] = IMAGE

@@ -166,6 +166,7 @@ def test_arguments_out_of_range_are_errors(argument: str, value: Any) -> None:
         MixtureOfDepths(routers=routers(), **{argument: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "reason"),
     [

@@ -136,6 +136,7 @@ def test_a_window_is_refused() -> None:
     assert refusals() == ["compact-positions"]
 
 
+@pytest.mark.slow
 def test_positions_with_gaps_are_an_error() -> None:
     inputs = prompts()
     inputs["position_ids"] = 2 * inputs["position_ids"]

@@ -19,7 +19,7 @@ VISUAL = {"spans": {"visual": SPAN}}
 THREE = SIZES | {"num_hidden_layers": 3}
 
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh")]
 
 
 def refusals(model: Any, recipe: str, options: dict[str, Any]) -> list[str]:
@@ -89,7 +89,6 @@ def test_all_tokens_of_a_sequence_are_never_dropped() -> None:
     ]
 
 
-@pytest.mark.slow
 def test_all_tokens_of_an_image_may_be_dropped() -> None:
     inputs = prompts(2, model="llava")
     with torch.no_grad():
@@ -133,7 +132,6 @@ def test_in_a_vit_s_last_layer_the_missing_image_is_the_reason_and_liveness_stil
     assert [entry.changes > 0 for entry in graph.passes if entry.name == "drop_dead_tokens"] == [True]
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_traced_whole_is_traced_in_pieces() -> None:
     """Qwen2-VL reads lengths as numbers and splits by them: with Dynamo's flags for that, tracing fails."""
     text = THREE | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
@@ -209,7 +207,6 @@ def test_beams_reorder_what_a_pruned_layer_knows() -> None:
         layer.crop(-2)
 
 
-@pytest.mark.slow
 def test_sequences_sampled_from_one_prompt_have_its_caches() -> None:
     """Of the most probable token alone: what is sampled is known then."""
     ids, mask = (prompts()[name] for name in ("input_ids", "attention_mask"))

@@ -108,6 +108,7 @@ def test_samples_with_other_numbers_of_image_tokens_are_refused() -> None:
     assert codes() == ["ragged-images"]
 
 
+@pytest.mark.slow
 def test_another_number_of_image_tokens_later_on_is_an_error() -> None:
     inputs = marked()
     model = tokred.compile(small(), "fastv(layer=1)", lower="eager", spans={"visual": IMAGE})
@@ -118,6 +119,7 @@ def test_another_number_of_image_tokens_later_on_is_an_error() -> None:
             model(**inputs)
 
 
+@pytest.mark.slow
 def test_a_prompt_without_the_image_s_token_has_no_visual_span() -> None:
     inputs = prompts()
     with torch.no_grad():
@@ -290,6 +292,7 @@ def test_a_method_reads_the_spans_it_asks_for_wherever_its_tokens_are() -> None:
     assert "images rows from the encoder's 16 features of each" in note
 
 
+@pytest.mark.slow
 def test_text_that_meets_the_image_is_an_error() -> None:
     options: dict[str, Any] = {"lower": "eager", "spans": {"visual": IMAGE, "text": image_tokens}}
     compiled = tokred.compile(small(), "adaptinfer(keep=0.5, layers=[1])", **options)
@@ -297,6 +300,7 @@ def test_text_that_meets_the_image_is_an_error() -> None:
         compiled(**marked())
 
 
+@pytest.mark.slow
 def test_spans_that_need_an_image_are_refused_without_one() -> None:
     @dataclass(frozen=True)
     class Prefix(Reads):

@@ -158,6 +158,7 @@ def test_tokens_may_be_dropped_behind_the_layer_that_is_looked_at() -> None:
         assert (got[real] - full[real]).abs().max() < 1e-9 * full[real].abs().max()
 
 
+@pytest.mark.slow
 def test_what_is_dropped_in_front_of_that_layer_has_no_attention_to_look_at() -> None:
     model = tokred.compile(build("llava", layers=3), "temporal_fusion(layer=2) + fastv(layer=2)", lower="eager")
     with torch.no_grad():
@@ -197,6 +198,7 @@ def test_it_is_explained_and_refused_where_no_encoder_shows() -> None:
     assert isinstance(raised.value.inner_exception, StrictError)
 
 
+@pytest.mark.slow
 def test_a_text_decoder_has_no_frames() -> None:
     inputs, model = prompts(), build("llama", layers=3)
     compiled = tokred.compile(model, "temporal_fusion()", lower="eager", spans={"visual": SPAN})

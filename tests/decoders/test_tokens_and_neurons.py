@@ -31,6 +31,7 @@ def generated(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return done.sequences[:, LENGTH:], torch.stack(done.logits, 1)
 
 
+@pytest.mark.slow
 def test_a_pruned_prefill_and_a_sparse_decoding() -> None:
     inputs, plain = prompts(3), reference("llama")
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}

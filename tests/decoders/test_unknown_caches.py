@@ -75,6 +75,7 @@ def stacked(number: int, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
     return torch.stack([key, value])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "returned, last",
     [

@@ -86,6 +86,7 @@ def test_visionzip_is_the_language_model_on_the_kept_and_merged_features(name: s
     assert len(tokred.reports().graphs) >= 1
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_is_one_graph() -> None:
     tokred.reset()
     model = tokred.compile(build("llava", layers=3), "fastv(layer=2, keep=0.5)", lower="eager", strict=True)
@@ -94,6 +95,7 @@ def test_a_vision_language_model_is_one_graph() -> None:
     assert len(tokred.reports().graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_tower_that_lost_tokens_of_its_own_is_none() -> None:
     tokred.reset()
     recipe = "norm(keep=0.5, layers='*vision_tower*0*') + visionzip(keep=0.5)"
@@ -107,6 +109,7 @@ def test_a_tower_that_lost_tokens_of_its_own_is_none() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["visionzip(keep=0.5)", "zoo_prune(keep=0.5)"])
 def test_no_tower_is_seen_behind_shuffled_pixels(recipe: str) -> None:
     """InternVL makes one image token of four patches."""
@@ -118,6 +121,7 @@ def test_no_tower_is_seen_behind_shuffled_pixels(recipe: str) -> None:
     assert [refusal.code for refusal in refusals] == ["no-vision-tower"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "blind"), [("internvl", True), ("llava", False)])
 def test_a_method_that_only_wants_a_tower_acts_without_one_and_the_report_says_so(name: str, blind: bool) -> None:
     tokred.reset()

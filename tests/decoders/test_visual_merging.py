@@ -102,6 +102,7 @@ def test_a_merged_prefill_is_the_model_on_merged_embeddings(name: str, padded: b
     assert [layer.rows.tolist() for layer in output.past_key_values.layers] == [rows.tolist()] * 3
 
 
+@pytest.mark.slow
 def test_image_tokens_in_two_pieces_are_an_error() -> None:
     inputs = prompts(2, model="llava")
     ids = inputs["input_ids"]
@@ -112,6 +113,7 @@ def test_image_tokens_in_two_pieces_are_an_error() -> None:
         compiled(**inputs)
 
 
+@pytest.mark.slow
 def test_merging_anything_else_is_refused() -> None:
     compiled = tokred.compile(build("llava", layers=3), Careless(layer=1), lower="eager")
     with torch.no_grad():

@@ -101,6 +101,7 @@ def rows(graph=None):
 OTHERS = [name for name in MODELS if name != "llama"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, grad", [*((name, False) for name in OTHERS), ("llama", True), ("gpt2", True)])
 def test_every_model_computes_the_definition(name, grad):
     model, inputs = made(name), example(name)
@@ -173,6 +174,7 @@ def test_llama_computes_the_definition_in_all_ways(subtests):
         assert len(ways.reports["both"]) == 1
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_definition():
     model, inputs, given = made("llama"), example("llama"), weights()
     embedding = model.model.embed_tokens.weight
@@ -183,6 +185,7 @@ def test_gradients_are_those_of_the_definition():
     torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9 * float(wanted[0].abs().max()))
 
 
+@pytest.mark.slow
 def test_a_decoder_generates_as_defined_and_compiles_no_token_anew(tmp_path):
     from safetensors.torch import save_file
 

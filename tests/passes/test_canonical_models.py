@@ -102,6 +102,7 @@ def check(build: Callable[[], torch.nn.Module], inputs: dict[str, torch.Tensor])
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build, inputs, blocks",
     [
@@ -126,6 +127,7 @@ def test_every_block_becomes_sdpa(
     assert (len(done.calls), done.softmaxes) == (blocks, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [llama, llama_sdpa])
 def test_llama_reads_each_key_head_once(build: Callable[[], torch.nn.Module]) -> None:
     done = check(build, text())

@@ -153,6 +153,7 @@ def test_nothing_to_shield_is_no_change() -> None:
     assert all(before is after for before, after in graphs)
 
 
+@pytest.mark.slow
 def test_training_dropout_is_left_to_inductor(caplog: pytest.LogCaptureFixture) -> None:
     """It is attention, in the spelling of the templates, and the random numbers are Inductor's anyway."""
 

@@ -69,6 +69,7 @@ def refusals() -> list[str]:
     return [r.code for g in tokred.reports().graphs for p in g.passes if p.name == "pack_tokens" for r in p.refusals]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("mask", [models.boolean, models.additive, models.infinite, models.causal])
 def test_only_rows_that_are_read_are_computed(mask: Any, pool: Any, ran: list[int]) -> None:
@@ -81,6 +82,7 @@ def test_only_rows_that_are_read_are_computed(mask: Any, pool: Any, ran: list[in
     assert ran == [sum(LENGTHS), sum(LENGTHS) + by_position]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pool, code",
     [
@@ -97,6 +99,7 @@ def test_rows_of_padding_that_are_read_are_left_as_they_are(pool: Any, code: str
     assert ran == [] and refusals() == [code]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later, code", [(models.nothing, ["unmasked"]), (models.half, [])])
 def test_what_one_layer_sees_is_real_in_all(later: Any, code: list[str], ran: list[int]) -> None:
     model, (ids, valid) = encoder(later=later), batch()
@@ -143,6 +146,7 @@ def test_one_compilation_serves_every_amount_of_padding(ran: list[int]) -> None:
     assert ran == [11, 3, 23, 15] and len(tokred.reports().graphs) == 1
 
 
+@pytest.mark.slow
 def test_run_time_sizes(ran: list[int]) -> None:
     model = encoder(layers=1)
     fast = compiled(model, lower="aot_eager")
@@ -180,6 +184,7 @@ def test_a_mask_of_a_small_number_hides_nothing_for_certain(ran: list[int]) -> N
     assert ran == refusals() == []
 
 
+@pytest.mark.slow
 def test_gradients(ran: list[int]) -> None:
     """Of a batch that is packed, and of one that is not."""
     model = encoder()
@@ -222,6 +227,7 @@ def test_a_recipe_and_exact_false_leave_it_out(ran: list[int]) -> None:
     assert ran == [] and refusals() == ["recipe"]
 
 
+@pytest.mark.slow
 def test_inductor(ran: list[int]) -> None:
     model, inputs = encoder().float(), batch()
     agree(model, compiled(model, lower="inductor"), *inputs, tolerance=1e-5)

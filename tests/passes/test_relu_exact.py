@@ -58,6 +58,7 @@ def free(monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "CALL", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_same_numbers(name: str, dtype: torch.dtype, free: None) -> None:

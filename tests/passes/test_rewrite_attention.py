@@ -91,6 +91,7 @@ def test_the_chosen_layers_are_computed_as_the_reference_does(more: str, layers:
     assert "pays from" in acted.note and "half of the tokens" in acted.note
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     model = decoder().float()
     with torch.no_grad():

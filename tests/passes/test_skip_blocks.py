@@ -222,6 +222,25 @@ def test_what_is_not_just_added_stays(join: Callable[[Tensor, Tensor, nn.Module]
     assert [row.refusal.code for row in rows_of(tokred.reports().graphs[0])] == ["no-residual"]
 
 
+class Crossing(Block):
+    """A layer of a decoder behind an encoder: it attends to its own four tokens, and to those behind them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        x, other = x[:, :4], self.q(x[:, 4:]).unsqueeze(1)
+        x = x + nn.functional.scaled_dot_product_attention(self.q(x).unsqueeze(1), other, other).squeeze(1)
+        return super().forward(x)
+
+
+def test_two_attentions_of_one_layer_stay() -> None:
+    torch.manual_seed(0)
+    model = Crossing(lambda x, mlp, around: x + mlp).double().eval()
+    inputs = torch.randn(2, 9, 8, dtype=torch.float64)
+    got = run(compiled(model, "skip_block(layers=[0], blocks='attention')", strict=False), inputs)
+    assert torch.equal(got, run(model, inputs))
+    rows = rows_of(tokred.reports().graphs[0], "attention")
+    assert [row.refusal.code for row in rows] == ["cross-attention"] * 2
+
+
 @pytest.mark.parametrize(
     "arguments", ["", "ratio=0.5", "layers=[1], blocks='norm'", "weights=[1, 'x']", "weights=[1.0], ratio=1"]
 )

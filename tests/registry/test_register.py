@@ -151,6 +151,7 @@ def test_register_pass_refuses_an_unknown_stage_and_what_cannot_be_called():
         register_pass("tidy")(3)
 
 
+@pytest.mark.slow
 def test_methods_load_without_an_import_of_their_modules():
     """In a process of its own: the registry fills itself on first use."""
     code = "from tokred.registry.register import methods; print(*methods())"

@@ -190,6 +190,7 @@ def test_lower_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=5e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gradients_are_those_of_the_attention_among_the_chosen(grouped: bool) -> None:
     inputs = [x.requires_grad_() for x in operands(2, 15, heads=2, groups=1, width=2, channels=3)]
@@ -209,6 +210,7 @@ def test_expected_rows() -> None:
     assert [expected_rows(n, 128, 1024) for n in (1000, 1152, 1153, 2304, 16384)] == [1000, 1152, 1152, 1216, 8256]
 
 
+@pytest.mark.slow
 def test_triton_scores_are_the_plain_ones() -> None:
     """In a process of its own: Triton must know from its first import on that it shall interpret."""
     pytest.importorskip("triton")
