@@ -12,7 +12,8 @@ workloads: `generate()` of 64 tokens behind a prompt of 32, for one sequence and
 
 Each round calls every variant once, every other round backwards; a ratio is the median over rounds of the quotients
 within a round. With `--gain` (how many times faster one MLP is alone, as measured elsewhere) the speed-up that the
-MLPs' share then predicts stands beside the measured one; without, what gain the measured speed-up amounts to.
+MLPs' share then predicts stands beside the measured one; without, what gain the measured speed-up amounts to. What
+tokred's report predicts is the FLOPs before over those after, in the graph that runs most.
 
 With random weights the neurons are those of no trained model: the speed is what a sparsity gives, and how good the
 words are that it leaves is for docs/language.md to say. All variants generate as many words, not the same ones.
@@ -39,6 +40,7 @@ from benchmarks.compare import TOLERANCE, relative
 from benchmarks.machine import describe
 from benchmarks.token_sparse import measure
 from tests.zoo.torchvision_shim import install
+from tokred.compiler.report import GraphReport
 from tokred.registry.recipe import parse_recipe
 
 VOCABULARY = 4096
@@ -138,6 +140,12 @@ def summary(seconds: dict[str, list[float]], gain: float | None) -> dict[str, fl
     return found
 
 
+def reported(graphs: list[GraphReport]) -> float | None:
+    """FLOPs before over FLOPs after, of the last graph that a recipe was asked about; None if there is none."""
+    asked = [graph for graph in graphs if any(row.method for row in graph.blocks)]
+    return asked[-1].flops[0] / asked[-1].flops[1] if asked else None
+
+
 def table(seconds: dict[str, list[float]], words: int) -> str:
     """Milliseconds of a call (median, quartiles), tokens a second, and how many times faster than Inductor."""
     lines = [f"{'':10s}{'ms':>9s}{'quartiles':>18s}{'tokens/s':>10s}{'x inductor':>12s}"]
@@ -162,9 +170,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"of the layers' weights the MLPs have {mlps:.0%}")
     for workload in options.workloads:
         torch._dynamo.reset()  # all variants share one function, and each call looks through what it was compiled to
+        before = len(tokred.reports().graphs)
         seconds = measure({name: calls(function, workload) for name, function in made.items()}, options.rounds)
         batch, length = WORKLOADS[workload]
         found = summary(seconds, options.gain)
+        if (predicted := reported(tokred.reports().graphs[before:])) is not None:
+            found["x FLOPs, report"] = predicted
         result[workload] = {"seconds": seconds, "summary": found}
         print(f"\n{workload}\n{table(seconds, batch * (length if workload == 'prefill' else WORDS))}")
         print(", ".join(f"{what} {number:.3f}" for what, number in found.items()), flush=True)

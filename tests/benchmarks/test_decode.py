@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import decode
+from tokred.compiler.report import BlockReport, GraphReport
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,15 @@ def test_share_gain_and_prediction_follow_from_the_times():
 def test_nothing_is_said_of_a_gain_that_the_mlps_time_does_not_explain(without, recipe):
     seconds = {"inductor": [1.0], "without": [without], "recipe": [recipe]}
     assert "the MLPs' own gain" not in decode.summary(seconds, gain=None)
+
+
+def test_the_report_predicts_by_the_last_graph_that_a_recipe_was_asked_about():
+    def graph(method, before, after):
+        return GraphReport("", [BlockReport("mlp", 0, "", (1, 1), method=method)], flops=(before, after))
+
+    graphs = [graph("cats", 8, 8), graph("cats", 6, 4), graph(None, 9, 3)]
+    assert decode.reported(graphs) == 1.5
+    assert decode.reported(graphs[2:]) is None
 
 
 @pytest.mark.slow
