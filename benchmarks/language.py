@@ -66,8 +66,8 @@ most of it stays at 90 %. Recall also tells methods for tokens apart. `norm` los
 context are kept (in front of the cut keys have a norm of 9.6 on average, values of 13.4, filler of 6.8; in 10 % there
 is room for four values of eight). Neighbours merged by `pool` are still told apart at 50 %. `fastv` and `corematching`
 choose by what the last token looks at, which here is one question of eight or filler; they are made for prompts that
-end with their question. No method for neurons makes a model of width 128 faster (0.6 to 1.1 times Inductor: a token takes
-3 ms, little of which is reading weights); at width 1024 `cats` and `teal` do, see benchmarks/RESULTS.md.
+end with their question. No method for neurons makes a model of width 128 faster (0.6 to 1.1 times Inductor: a token
+takes 3 ms, little of which is reading weights); at width 1024 `cats` and `teal` do, see benchmarks/RESULTS.md.
 """
 
 
