@@ -13,6 +13,7 @@ from tests.passes import padded_models as models
 from tests.passes.padded_models import WORDS, Encoder
 from tests.zoo.architectures import ARCHITECTURES
 from tokred.compiler import padded
+from tokred.compiler.machine import Machine
 from tokred.passes import pack_tokens
 
 LENGTHS = (7, 3, 1)
@@ -217,6 +218,14 @@ def test_a_small_model_does_not_pay(ran: list[int], monkeypatch: pytest.MonkeyPa
     model = encoder()
     agree(model, compiled(model), *batch())
     assert ran == [] and refusals() == ["does-not-pay"]
+
+
+def test_a_twentieth_of_padding_is_the_least_that_pays(ran: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine's products are."""
+    monkeypatch.undo()
+    slow = Machine("slow", {torch.float32: 1.0, torch.float64: 1.0}, 1e12, 0.0)
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda device: slow))
+    assert "where more than 5% are padding" in str(tokred.explain(encoder(), *batch()))
 
 
 def test_a_recipe_and_exact_false_leave_it_out(ran: list[int]) -> None:
