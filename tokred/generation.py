@@ -148,8 +148,8 @@ def traced_whole(model: Any, *, vision: bool | None = None) -> AbstractContextMa
 
 
 def _tracing(*, vision: bool) -> AbstractContextManager[Any]:
-    """A VLM counts its image tokens with .item(). An epsilon that another model of its class has otherwise would become
-    a run-time number."""
+    """What Dynamo is told while it traces. A VLM counts its image tokens with .item(); an epsilon that another model of
+    its class has otherwise would become a run-time number."""
     flags = {"capture_scalar_outputs": vision, "capture_dynamic_output_shape_ops": vision, "specialize_float": True}
     patched: AbstractContextManager[Any] = torch._dynamo.config.patch(flags)
     return patched

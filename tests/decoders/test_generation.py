@@ -121,6 +121,18 @@ def test_past_a_sliding_window_masks_are_read_with_their_offset() -> None:
     assert whole.layers[2].keys.shape[2] == 27 and short.layers[2].keys.shape[2] == 20 + 5
 
 
+def test_a_call_does_not_look_through_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks are installed once: generate() calls the model for every token."""
+    fast = with_pruned_caches(build("llama", layers=1), lambda forward: forward)
+
+    def walk(module: torch.nn.Module) -> Any:
+        raise AssertionError(f"{type(module).__name__} is looked through")
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", walk)
+    with torch.no_grad():
+        assert fast(**prompts()).logits.shape[1] == LENGTH
+
+
 def pruned(rows: list[list[int]], tokens: int) -> PrunedLayer:
     """A layer with a key for each of these rows of a prompt, and one for a token behind it; keys say whose they are."""
     layer: Any = PrunedLayer()  # type: ignore[no-untyped-call]

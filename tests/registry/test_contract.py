@@ -343,8 +343,10 @@ class FixesTheBatch(Sound):
     [(BreaksWhenTraced, "acts in no model: method-raised"), (FixesTheBatch, "graphs for 2 batch sizes, not one")],
 )
 def test_what_only_a_model_shows_is_noticed(broken, message):
+    check_method(Sound())  # in whose trace the broken one is checked
     with pytest.raises(AssertionError, match=message):
         check_method(broken())
+    check_method(Sound())  # which it left as it was, or is made again
 
 
 class Mean(nn.Module):

@@ -55,7 +55,7 @@ def _check_model(method: AdaptiveWidth, model: nn.Module, dtype: torch.dtype) ->
 def _compiled(method: AdaptiveWidth, model: nn.Module) -> Any:
     torch.compiler.reset()
     reset()
-    chosen: dict[str, Any] = {"recipe": method, "exact": False, "lower": "eager"}
+    chosen: dict[str, Any] = {"recipe": method, "exact": False, "lower": "aot_eager"}
     return torch.compile(model, backend=backend, options=chosen)
 
 

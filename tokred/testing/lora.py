@@ -49,10 +49,10 @@ def _check_model(method: LoraPrune, dtype: torch.dtype) -> None:
     model.to(dtype).eval()
     torch.compiler.reset()
     reset()
-    chosen: dict[str, Any] = {"recipe": method, "exact": False, "lower": "eager"}
+    chosen: dict[str, Any] = {"recipe": method, "exact": False, "lower": "aot_eager"}
     compiled: Any = torch.compile(model, backend=backend, options=chosen)
     ids = torch.randint(0, 50, (3, 11))
-    for samples in (3, 2) if dtype == torch.float64 else (3,):
+    for samples in (3, 2):
         some = ids[:samples].clone()
         torch._dynamo.maybe_mark_dynamic(some, 0)
         with torch.no_grad():
